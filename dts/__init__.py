@@ -1,0 +1,64 @@
+"""Reward-guided tree-search decoding for Hugging Face causal language models.
+
+    import dts
+    from dts.search import MaxEnt
+
+    lm = dts.load("smollm2-135m")
+    result = dts.decode(lm, "The weather today is", reward=my_function, method=MaxEnt(rollouts=32))
+    result.best.text
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dts.decoding import decode
+    from dts.errors import DTSError, RewardError, UnavailableError, UsageError
+    from dts.models.huggingface import load
+    from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
+    from dts.settings import Budget
+
+__version__ = "0.1.0"
+
+# Public names and where they live. Imported on first use: `import dts` must stay quick.
+_HOMES = {
+    "load": "dts.models.huggingface",
+    "decode": "dts.decoding",
+    "Budget": "dts.settings",
+    **dict.fromkeys(["DTSError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
+    **dict.fromkeys(
+        ["CheckMonotone", "Context", "Finished", "Reward", "as_reward", "clip", "gate", "minimum", "weighted_sum"],
+        "dts.rewards",
+    ),
+}
+
+__all__ = [
+    "Budget",
+    "CheckMonotone",
+    "Context",
+    "DTSError",
+    "Finished",
+    "Reward",
+    "RewardError",
+    "UnavailableError",
+    "UsageError",
+    "as_reward",
+    "clip",
+    "decode",
+    "gate",
+    "load",
+    "minimum",
+    "weighted_sum",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dts' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

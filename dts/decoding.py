@@ -1,0 +1,82 @@
+"""`decode`: one prompt, one reward, one method, one result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dts.errors import UsageError
+from dts.lm import LanguageModel
+from dts.results import Result, Rollout
+from dts.rewards import Context, Finished, Prompt, Reward, TerminalReward, as_reward
+from dts.settings import Budget, Decoding
+
+if TYPE_CHECKING:
+    from dts.search import Method
+
+
+def decode(
+    lm: LanguageModel,
+    prompt: Prompt,
+    *,
+    method: Method,
+    reward: Reward | Callable[..., Any] | None = None,
+    max_new_tokens: int = 48,
+    min_new_tokens: int = 0,
+    batch_size: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    budget: Budget | None = None,
+    on_rollout: Callable[[Rollout], None] | None = None,
+) -> Result:
+    """Search for completions of `prompt` that `reward` likes.
+
+    lm: from `dts.load`. prompt: text, chat messages or token ids. reward: a `dts.Reward` or a function of the decoded
+    completion; None gives every completion 0. method: from `dts.search`. budget: limits on top of the method's own.
+    on_rollout: called with each rollout as it finishes.
+
+    Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails.
+    """
+    from dts.search import Search, run  # the one place where this layer looks up
+
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings = Decoding(max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings, seed, batch_size)
+    prompt_ids = lm.encode(prompt)
+    check_prompt(lm, prompt_ids, max_new_tokens)
+    scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
+    width = batch_size or method.batch_size()
+    session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens)
+    context = Context(prompt, tuple(prompt_ids), lm.decode)
+    limits = _tightest(method.budget(), budget)
+    return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
+
+
+def check_prompt(lm: LanguageModel, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Raise `UsageError` for an empty prompt, or one that leaves no room for `max_new_tokens`."""
+    if not prompt_ids:
+        raise UsageError("prompt is empty: give at least one token")
+    limit = lm.context_length
+    if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+        raise UsageError(
+            f"prompt of {len(prompt_ids)} tokens plus max_new_tokens={max_new_tokens} exceeds the context of "
+            f"{lm.name} ({limit} tokens); shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _nothing(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
+    return [0.0] * len(finished)
+
+
+def _tightest(own: Budget, given: Budget | None) -> Budget:
+    """The smaller of two limits, field by field."""
+    if given is None:
+        return own
+    limits = {}
+    for field in dataclasses.fields(Budget):
+        values = [v for v in (getattr(own, field.name), getattr(given, field.name)) if v is not None]
+        limits[field.name] = min(values, default=None)
+    return Budget(**limits)

@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each message names the option, the value and the fix."""
+
+
+class DTSError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class UsageError(DTSError, ValueError):
+    """Bad input: an option, a file or a name. Raised before any long work starts."""
+
+
+class UnavailableError(DTSError, RuntimeError):
+    """Something outside is missing: a model, a data file, a network."""
+
+
+class RewardError(DTSError, RuntimeError):
+    """A reward raised, returned the wrong number of values, or returned NaN or an infinity."""

@@ -1,0 +1,47 @@
+"""What a search needs from a language model, and nothing more.
+
+A `LanguageModel` turns prompts into ids and opens a `Session` per prompt. A session is a key/value cache shaped
+like the tree: slot 0 is the prompt, `extend` puts one more token behind given slots, `logits` reads the next-token
+logits of any slot that is still held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from dts.results import Usage
+from dts.rewards import Prompt
+
+PROMPT_SLOT = 0
+
+
+class Session(Protocol):
+    """One prompt's prefixes inside the model."""
+
+    usage: Usage  # counted at the model's forward calls
+
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Forward one token behind each parent slot, all in one call. (parent, token) pairs are distinct."""
+
+    def logits(self, slots: Sequence[int]) -> torch.Tensor:
+        """Next-token logits after these slots, [len(slots), vocab]."""
+
+class LanguageModel(Protocol):
+    """A causal language model with its tokenizer."""
+
+    name: str
+    eos_ids: frozenset[int]
+    vocab_size: int
+    context_length: int | None  # tokens, prompt and completion together
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Prompt ids: text is tokenized, chat messages go through the chat template, ids pass through."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Completion ids to text, special tokens dropped."""
+
+    def open(self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int) -> Session:
+        """Prefill a prompt. At most `batch_size` paths are extended together, each by at most `max_new_tokens`."""

@@ -1,0 +1,84 @@
+"""What a search returns: completions, rollouts as they happened, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dts.softvalue import SoftValues
+from dts.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished sequence."""
+
+    text: str  # without EOS and without the stop string
+    token_ids: tuple[int, ...]  # with the EOS token where one was generated
+    reward: float
+    logprob: float  # log p(token_ids | prompt) in nats, under the p that was sampled from
+    finished_by: str  # "eos", "stop" or "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished path, recorded by the search at the moment it finished."""
+
+    index: int
+    reward: float
+    best_so_far: float
+    nodes: int  # tree nodes that existed when it finished
+    seconds: float  # since the search started
+    tokens: int  # tokens forwarded since the search started, prompt included
+    length: int  # tokens of the completion
+    start_depth: int  # depth of the node where it left the tree that earlier rollouts had built
+    text: str
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a search cost. Counted where the model is called, not derived."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0  # new tokens drawn from the model
+    forwarded_tokens: int = 0  # token positions that entered the model, prompt and recomputed ones included
+    unique_tokens: int = 0  # prompt tokens plus distinct prefixes that were extended
+    recomputed_tokens: int = 0  # forwarded again because their cache entry had been given up
+    model_calls: int = 0
+    seconds: float = 0.0
+    kv_bytes: int = 0  # peak bytes held for keys, values and hidden states
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Result:
+    """The outcome of one search over one prompt."""
+
+    completions: list[Completion]  # distinct, best first
+    rollouts: list[Rollout]  # in the order they finished
+    usage: Usage
+    tree: Tree
+    values: SoftValues | None  # soft values on the tree, where the method estimates them
+    method: str
+    partial: bool = False  # the search was interrupted, by the user or by an error
+    _sampler: Callable[[int, int], list[Completion]] | None = field(default=None, repr=False)
+
+    @property
+    def best(self) -> Completion:
+        """The completion with the highest reward; the earliest of several."""
+        if not self.completions:
+            raise RuntimeError("no rollout finished: raise the budget, or look at result.usage")
+        return self.completions[0]
+
+    def sample(self, k: int, seed: int = 0) -> list[Completion]:
+        """k draws from the tree's estimate of pi*; unexplored parts are continued with the model, and counted."""
+        if self._sampler is None:
+            raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
+        return self._sampler(k, seed)
+
+    def records(self) -> Sequence[dict[str, Any]]:
+        """The rollouts as plain dictionaries, for JSON and data frames."""
+        return [asdict(rollout) for rollout in self.rollouts]

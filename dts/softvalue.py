@@ -1,0 +1,149 @@
+"""Soft values on the tree, and the distribution over sequences that they imply.
+
+For a prefix s the soft value is V(s) = (1/lambda) log E_{x ~ p(.|s)} exp(lambda r(x)); we store F(s) = lambda V(s),
+so that lambda = 0 divides by nothing. The soft Bellman equation with the true p(a|s) of every child a and the mass
+u(s) of tokens that are not children reads
+
+    exp F(s) = sum_a p(a|s) exp F(sa)  +  u(s) exp G(s),
+
+where G(s) estimates the log-mean of exp F over the unexplored tokens: their mass is never dropped.
+(Diffusion Tree Sampling, arXiv 2506.20701, eq. 6-8, with the exact transition weights that tokens allow.)
+
+G(s) pools the children that were drawn from p and one pseudo-observation handed down from the parent. Where the
+reward is earned along the way, what is handed down is the future gain, G(parent) - lambda earned(parent), so a prefix
+that has already earned something is worth it at once; the reward's own bounds limit every estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+
+from dts.tree import NONE, ROOT, Tree
+
+Terms = list[float]
+
+
+def logsumexp(terms: Terms) -> float:
+    """log sum exp of a short list; -inf for an empty one."""
+    top = max(terms, default=-math.inf)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(t - top) for t in terms))
+
+
+class SoftValues:
+    """Columns beside the tree's, updated in place along the path of each finished sequence: O(depth x children)."""
+
+    def __init__(self, tree: Tree, reward_scale: float, prior_strength: float = 1.0) -> None:
+        self.tree, self.reward_scale, self._prior_strength = tree, reward_scale, prior_strength
+        self.log_value = array("d")  # F
+        self.log_rest = array("d")  # G
+        self.log_open = array("d")  # like F, counting only sequences that were not finished yet
+        self.mean = array("d")  # E[r], the limit of V as lambda -> 0
+        self.mean_rest = array("d")
+        self.visits = array("i")  # finished sequences below
+        self.grow()
+
+    def value(self, node: int = ROOT) -> float:
+        """V(node) in units of the reward."""
+        return self.log_value[node] / self.reward_scale if self.reward_scale > 0 else self.mean[node]
+
+    def rest(self, node: int) -> float:
+        """The value of `node`'s unexplored tokens, in units of the reward."""
+        return self.log_rest[node] / self.reward_scale if self.reward_scale > 0 else self.mean_rest[node]
+
+    def grow(self) -> None:
+        """Rows for nodes that were added since: valued by what the parent hands down."""
+        tree = self.tree
+        for node in range(len(self.log_value), len(tree)):
+            parent = tree.parent[node]
+            prior, mean = (0.0, 0.0) if parent == NONE else (self._handed_down(node), self.mean_rest[parent])
+            for column in (self.log_value, self.log_rest, self.log_open):
+                column.append(prior)
+            self.mean.append(mean)
+            self.mean_rest.append(mean)
+            self.visits.append(0)
+
+    def _handed_down(self, node: int) -> float:
+        """log-mean of exp(lambda r) at `node` if its future gain is that of its parent's unexplored children."""
+        tree, scale = self.tree, self.reward_scale
+        parent = tree.parent[node]
+        before, now = tree.earned[parent], tree.earned[node]
+        gained = now - before if math.isfinite(before) and math.isfinite(now) else 0.0
+        prior = self.log_rest[parent] + scale * gained
+        return min(max(prior, scale * now), scale * tree.upper[node]) if scale > 0 else 0.0
+
+    def finish(self, leaf: int) -> None:
+        """Back up a finished sequence from `leaf` to the root. A leaf that was already finished changes nothing."""
+        self.grow()
+        if self.visits[leaf]:
+            return
+        tree = self.tree
+        self.log_value[leaf] = self.reward_scale * tree.reward[leaf]
+        self.mean[leaf] = tree.reward[leaf]
+        self.log_open[leaf] = -math.inf
+        self.visits[leaf] = 1
+        node = tree.parent[leaf]
+        while node != NONE:
+            self.visits[node] += 1
+            self._update(node)
+            node = tree.parent[node]
+
+    def _update(self, node: int) -> None:
+        tree, children = self.tree, list(self.tree.children(node))
+        seen = [a for a in children if self.visits[a]]
+        self._pool(node, seen)
+        for child in children:
+            if not self.visits[child]:  # in flight: still worth what the parent hands down
+                self.log_value[child] = self.log_open[child] = self._handed_down(child)
+                self.mean[child] = self.mean_rest[node]
+        log_u = tree.log_unexplored[node]
+        values, opens = [log_u + self.log_rest[node]], [log_u + self.log_rest[node]]
+        mean = math.exp(log_u) * self.mean_rest[node]
+        for child in children:
+            log_p = tree.log_p[child]
+            values.append(log_p + self.log_value[child])
+            opens.append(log_p + self.log_open[child])
+            mean += math.exp(log_p) * self.mean[child]
+        self.log_value[node], self.log_open[node], self.mean[node] = logsumexp(values), logsumexp(opens), mean
+
+    def _pool(self, node: int, seen: list[int]) -> None:
+        """G and its linear twin from the children seen so far and the parent's pseudo-observation."""
+        terms, means, weight = [self.log_value[a] for a in seen], sum(self.mean[a] for a in seen), float(len(seen))
+        if node != ROOT and self._prior_strength > 0:
+            parent = self.tree.parent[node]
+            terms.append(math.log(self._prior_strength) + self._handed_down(node))
+            means += self._prior_strength * self.mean_rest[parent]
+            weight += self._prior_strength
+        pooled = logsumexp(terms) - math.log(weight)
+        scale, tree = self.reward_scale, self.tree
+        if scale > 0:
+            pooled = min(max(pooled, scale * tree.earned[node]), scale * tree.upper[node])
+        self.log_rest[node], self.mean_rest[node] = pooled, means / weight
+
+    def transitions(self, node: int) -> tuple[list[int], list[float], float]:
+        """The tree's estimate of log pi*(a|s): children, their log-probabilities, and that of the unexplored rest."""
+        self.grow()
+        tree = self.tree
+        children = list(tree.children(node))
+        terms = [tree.log_p[a] + self.log_value[a] for a in children]
+        rest = tree.log_unexplored[node] + self.log_rest[node]
+        total = logsumexp([*terms, rest])
+        return children, [t - total for t in terms], rest - total
+
+    def log_prob(self, tokens: Sequence[int], log_p: Sequence[float]) -> float:
+        """The tree's estimate of log pi* of a complete sequence, given the model's log p of each of its tokens.
+
+        Where the sequence leaves the tree, the unexplored mass is divided as p divides it.
+        """
+        node, total = ROOT, 0.0
+        for position, token in enumerate(tokens):
+            children, log_probs, log_rest = self.transitions(node)
+            log_prob = {self.tree.token[c]: (c, lp) for c, lp in zip(children, log_probs, strict=True)}
+            if token not in log_prob:
+                return total + log_rest - self.tree.log_unexplored[node] + math.fsum(log_p[position:])
+            node, step = log_prob[token]
+            total += step
+        return total

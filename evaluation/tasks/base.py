@@ -1,0 +1,40 @@
+"""What a task is: prompts and a label-free reward on one side, references and metrics on the other.
+
+The two sides meet only in `Task.score`. An `Example`, which is all a reward is built from, has no field for the
+reference answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dts.rewards import Reward
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One thing to decode."""
+
+    id: str
+    prompt: list[dict[str, str]]  # chat messages
+    inputs: Any  # what the reward may look at: the window, the history; never the answer
+
+
+class Task(Protocol):
+    """A data set turned into prompts, with its reward and its metrics."""
+
+    name: str
+    max_tokens: int  # default completion length
+    stop: tuple[str, ...]
+    examples: Sequence[Example]
+
+    def reward(self, example: Example) -> Reward:
+        """The label-free reward of one example."""
+
+    def score(self, texts: Mapping[str, str]) -> dict[str, float]:
+        """Metrics over completions by example id, unparseable ones counted as wrong."""
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics of methods without a language model, on the same examples: the rows that keep us honest."""

@@ -1,0 +1,208 @@
+"""Hugging Face causal language models as `dts.lm.LanguageModel`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dts.errors import UsageError
+from dts.lm import PROMPT_SLOT
+from dts.models.treecache import ATTENTION, Prefix, TreeCache
+from dts.results import Usage
+from dts.rewards import Prompt
+
+log = logging.getLogger(__name__)
+
+PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long prompts
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the self-check, absolute, in logits
+LOW_PRECISION_TOLERANCE = 0.25
+
+
+class HFModel:
+    """A causal language model and its tokenizer.
+
+    `model` and `tokenizer` are the plain Hugging Face objects; nothing in them is changed between calls.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UsageError(
+                f"{type(model).__name__} is an encoder-decoder model; only decoder-only (causal) models are supported"
+            )
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._core = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a LoRA wrapper
+        text_config = model.config.get_text_config()
+        self.vocab_size = int(text_config.vocab_size)
+        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self._tree_shaped: bool | None = None  # not checked yet
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter the model."""
+        device: torch.device = self._core.get_input_embeddings().weight.device
+        return device
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if prompt and isinstance(prompt[0], dict):
+            if not self.tokenizer.chat_template:
+                text = "".join(f"{m['role']}: {m['content']}\n" for m in prompt if isinstance(m, dict)) + "assistant:"
+                return list(self.tokenizer(text)["input_ids"])
+            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+            return list(ids)
+        return [int(token) for token in prompt if not isinstance(token, dict)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @torch.inference_mode()
+    def prefill(self, prompt_ids: Sequence[int]) -> Prefix:
+        """Send a prompt through the model once."""
+        cache = DynamicCache()
+        hidden = torch.empty(0)
+        for start in range(0, len(prompt_ids), PREFILL_CHUNK):
+            chunk = torch.tensor([list(prompt_ids[start : start + PREFILL_CHUNK])], device=self.device)
+            output = self._core.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[0, -1]
+        keys = [layer.keys[0].contiguous() for layer in cache.layers]
+        return Prefix(tuple(prompt_ids), keys, [layer.values[0].contiguous() for layer in cache.layers], hidden)
+
+    def open(
+        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int
+    ) -> TreeSession | RecomputeSession:
+        if self._tree_shaped is None:
+            self._tree_shaped = self._check_tree_cache()
+        if not self._tree_shaped:
+            return RecomputeSession(self, prompt_ids)
+        return TreeSession(self, self.prefill(prompt_ids), lanes=batch_size, max_new_tokens=max_new_tokens)
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] from the decoder's last hidden states [B, H]."""
+        config = self._core.config.get_text_config()
+        logits: torch.Tensor = self._core.get_output_embeddings()(hidden)
+        logits = logits * getattr(config, "logit_scale", None) if getattr(config, "logit_scale", None) else logits
+        logits = logits / config.logits_scaling if getattr(config, "logits_scaling", None) else logits
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @contextlib.contextmanager
+    def tree_attention(self) -> Iterator[None]:
+        """The model's attention reads a `TreeCache` inside this context."""
+        configs = {id(m.config): m.config for m in self._core.modules() if hasattr(m, "config")}
+        before = {key: config._attn_implementation for key, config in configs.items()}
+        try:
+            for config in configs.values():
+                config._attn_implementation = ATTENTION
+            yield
+        finally:
+            for key, config in configs.items():
+                config._attn_implementation = before[key]
+
+    def _check_tree_cache(self) -> bool:
+        """Whether this architecture gives through the tree cache the logits that it gives without any cache."""
+        if not getattr(self._core, "_supports_attention_backend", False) or getattr(self._core, "_is_stateful", False):
+            reason = "its attention cannot be given another cache"
+        else:
+            prompt, branches = [1, 2, 3], ([4, 5], [6, 7])
+            tree = TreeSession(self, self.prefill(prompt), lanes=2, max_new_tokens=3)
+            slots = tree.extend([PROMPT_SLOT] * 2, [branch[0] for branch in branches])
+            slots = tree.extend(slots, [branch[1] for branch in branches])
+            direct = torch.cat([full_logits(self, [*prompt, *branch]) for branch in branches])
+            error = (tree.logits(slots).float() - direct.float()).abs().max().item()
+            if error <= TOLERANCE.get(direct.dtype, LOW_PRECISION_TOLERANCE):
+                return True
+            reason = f"its logits differ by {error:.3g}"
+        log.warning(
+            "%s: %s (%s) cannot use the tree cache; every prefix is recomputed from its first token, which is slow "
+            "and counted in usage.recomputed_tokens", self.name, type(self._core).__name__, reason,
+        )  # fmt: skip
+        return False
+
+
+class TreeSession:
+    """One prompt's tree in a `TreeCache`: each token enters the model once."""
+
+    def __init__(self, lm: HFModel, prefix: Prefix, *, lanes: int, max_new_tokens: int) -> None:
+        self._lm, self._prompt_length = lm, len(prefix)
+        self._cache = TreeCache(prefix, lanes, max_new_tokens - 1)
+        self._hidden = prefix.hidden.new_zeros(256, prefix.hidden.shape[-1])  # [slots, H]
+        self._hidden[PROMPT_SLOT] = prefix.hidden
+        calls = -(-len(prefix) // PREFILL_CHUNK)
+        self.usage = Usage(prompt_tokens=len(prefix), forwarded_tokens=len(prefix), model_calls=calls)
+        self.usage.kv_bytes = self._cache.bytes() + self._hidden.nbytes
+
+    @torch.inference_mode()
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        order, slots = self._cache.begin(parents)
+        device = self._lm.device
+        ids = torch.tensor([[tokens[row] for row in order]], device=device)
+        positions = [self._prompt_length + self._cache.depth(slots[row]) - 1 for row in order]
+        with self._lm.tree_attention():
+            output = self._lm._core.base_model(
+                input_ids=ids,
+                position_ids=torch.tensor([positions], device=device),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        hidden = output.last_hidden_state[0]
+        self._keep(hidden, [slots[row] for row in order])
+        self.usage.forwarded_tokens += ids.numel()
+        self.usage.model_calls += 1
+        self.usage.kv_bytes = max(self.usage.kv_bytes, self._cache.bytes() + self._hidden.nbytes)
+        return slots
+
+    def _keep(self, hidden: torch.Tensor, slots: list[int]) -> None:
+        if max(slots) >= len(self._hidden):
+            self._hidden = torch.cat([self._hidden, torch.zeros_like(self._hidden)])
+        self._hidden[torch.tensor(slots, device=hidden.device)] = hidden
+
+    def logits(self, slots: Sequence[int]) -> torch.Tensor:
+        return self._lm.head(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])
+
+
+class RecomputeSession:
+    """The slow correct path: every prefix is sent from its first token, and counted."""
+
+    def __init__(self, lm: HFModel, prompt_ids: Sequence[int]) -> None:
+        self._lm, self._prompt_length = lm, len(prompt_ids)
+        self._ids: list[tuple[int, ...]] = [tuple(prompt_ids)]  # by slot
+        self._logits = [full_logits(lm, prompt_ids)[0]]  # by slot, [V]
+        self.usage = Usage(prompt_tokens=len(prompt_ids), forwarded_tokens=len(prompt_ids), model_calls=1)
+
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        first = len(self._ids)
+        for parent, token in zip(parents, tokens, strict=True):
+            ids = (*self._ids[parent], token)
+            self._ids.append(ids)
+            self._logits.append(full_logits(self._lm, ids)[0])
+            self.usage.forwarded_tokens += len(ids)
+            self.usage.recomputed_tokens += len(ids) - 1
+            self.usage.model_calls += 1
+        return list(range(first, len(self._ids)))
+
+    def logits(self, slots: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self._logits[slot] for slot in slots])
+
+
+@torch.inference_mode()
+def full_logits(lm: HFModel, token_ids: Sequence[int]) -> torch.Tensor:
+    """Next-token logits [1, V] after a sequence, by the plain model without any cache."""
+    ids = torch.tensor([list(token_ids)], device=lm.device)
+    logits: torch.Tensor = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
+    return logits
+
+
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a sequence, by the generation config and the tokenizer."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(given if isinstance(given, list) else [given]) | {tokenizer.eos_token_id}
+    return frozenset(int(token) for token in ids if token is not None)

@@ -1,0 +1,233 @@
+"""The one search loop.
+
+A method is an object with `plan(search)`: a generator that works on the tree and yields, each time it cannot go on,
+the nodes whose next-token distribution it needs. The loop forwards them in one call and resumes the plan. To drive a
+search by hand, call `method.plan(search)` and `search.evaluate(nodes)` yourself.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dts.lm import PROMPT_SLOT, LanguageModel, Session
+from dts.results import Completion, Result, Rollout
+from dts.rewards import Context, Finished, Reward, State, checked_finish
+from dts.search.target import draw_completions
+from dts.settings import Budget, Decoding
+from dts.softvalue import SoftValues
+from dts.tree import NONE, ROOT, Tree
+
+
+class Method(Protocol):
+    """An algorithm. Objects hold settings only; everything that changes lives in the search."""
+
+    name: str
+
+    def batch_size(self) -> int:
+        """Paths to extend together when the user does not say."""
+
+    def budget(self) -> Budget:
+        """The limits the method was given."""
+
+    def plan(self, search: Search) -> Iterator[Sequence[int]]:
+        """Work until a distribution is missing; yield the nodes that need one (distinct, not evaluated)."""
+
+
+class Search:
+    """The state of one search over one prompt: the tree, the model's session, the reward, the records."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        session: Session,
+        context: Context,
+        reward: Reward,
+        decoding: Decoding,
+        budget: Budget,
+        batch_size: int,
+        on_rollout: Callable[[Rollout], None] | None = None,
+    ) -> None:
+        self.lm, self.session, self.reward, self.decoding = lm, session, reward, decoding
+        self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
+        self.tree, self.usage = Tree(), session.usage
+        self.values: SoftValues | None = None  # set by methods that estimate the target distribution
+        self.rollouts: list[Rollout] = []
+        self._decode = context.decode
+        self._finished_by: dict[int, str] = {}
+        self._states: list[State] = [reward.start(context)]  # reward state by node
+        self._rows: dict[int, torch.Tensor] = {}  # log p by node, kept until the next forward call
+        self._started = time.perf_counter()
+        self._stop_tail = max((len(lm.encode(s)) for s in decoding.stop), default=0) + 8
+        self.tree.slot[ROOT] = PROMPT_SLOT
+        self.tree.earned[ROOT], self.tree.upper[ROOT] = reward.earned(self._states)[0], reward.upper(self._states)[0]
+        self.usage.unique_tokens = self.usage.prompt_tokens
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, nodes: Sequence[int]) -> None:
+        """Forward `nodes`, all in one call: each is a token whose parent was evaluated."""
+        tree = self.tree
+        slots = self.session.extend([tree.slot[tree.parent[n]] for n in nodes], [tree.token[n] for n in nodes])
+        for node, slot in zip(nodes, slots, strict=True):
+            tree.slot[node] = slot
+        self.usage.unique_tokens += len(nodes)
+        self._rows.clear()
+
+    def evaluated(self, node: int) -> bool:
+        """Whether the next-token distribution of `node` is at hand."""
+        return self.tree.slot[node] != NONE
+
+    def log_probs(self, nodes: Sequence[int]) -> torch.Tensor:
+        """log p(. | node) in float64, [len(nodes), V], of evaluated nodes."""
+        missing = [n for n in dict.fromkeys(nodes) if n not in self._rows]
+        if missing:
+            logits = self.session.logits([self.tree.slot[n] for n in missing])
+            rows = self.decoding.log_probs(logits, self._too_early(missing, logits))
+            self._rows.update(zip(missing, rows, strict=True))
+        return torch.stack([self._rows[n] for n in nodes])
+
+    def _too_early(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor | None:
+        early = [self.tree.depth[n] < self.decoding.min_new_tokens for n in nodes]
+        if not any(early) or not self.lm.eos_ids:
+            return None
+        forbidden = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        forbidden[:, sorted(self.lm.eos_ids)] = torch.tensor(early, device=logits.device)[:, None]
+        return forbidden
+
+    # -- growing the tree ------------------------------------------------------------------------------------------
+
+    def draw(self, nodes: Sequence[int], uniforms: Sequence[float] | None) -> list[int]:
+        """One new child for each of these distinct evaluated nodes: a token that is no child yet, drawn from p by
+        inverse transform of `uniforms`, or the most likely one where `uniforms` is None."""
+        log_p = self.log_probs(nodes)
+        mass = log_p.exp()
+        for row, node in enumerate(nodes):
+            known = [self.tree.token[c] for c in self.tree.children(node)]
+            if known:
+                mass[row, known] = 0.0
+        if uniforms is None:
+            tokens = mass.argmax(-1, keepdim=True)
+        else:
+            cumulative = mass.cumsum(-1)
+            target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log()
+        return self._add(nodes, tokens[:, 0].tolist(), log_p.gather(-1, tokens)[:, 0].tolist(), rest.tolist())
+
+    def _add(self, parents: Sequence[int], tokens: list[int], log_p: list[float], rest: list[float]) -> list[int]:
+        tree = self.tree
+        rows = zip(parents, tokens, log_p, rest, strict=True)
+        children = [tree.add(parent, token, lp, min(r, 0.0)) for parent, token, lp, r in rows]
+        states = self.reward.extend([self._states[parent] for parent in parents], tokens)
+        self._states.extend(states)
+        bounds = zip(children, self.reward.earned(states), self.reward.upper(states), strict=True)
+        for child, earned, upper in bounds:
+            tree.earned[child], tree.upper[child] = earned, upper
+            reason = self._complete(child)
+            if reason:
+                tree.terminal[child] = 1
+                self._finished_by[child] = reason
+        self.usage.generated_tokens += len(children)
+        return children
+
+    def _complete(self, node: int) -> str | None:
+        tree, decoding = self.tree, self.decoding
+        if tree.token[node] in self.lm.eos_ids:
+            return "eos"
+        if decoding.stop:
+            # Only a string that ends in the newest token can be new, so a short tail is enough.
+            tail, ancestor = [tree.token[node]], tree.parent[node]
+            while ancestor != ROOT and len(tail) < self._stop_tail:
+                tail.append(tree.token[ancestor])
+                ancestor = tree.parent[ancestor]
+            text = self._decode(tail[::-1])
+            if any(stop in text for stop in decoding.stop):
+                return "stop"
+        return "length" if tree.depth[node] >= decoding.max_new_tokens else None
+
+    # -- finished sequences ----------------------------------------------------------------------------------------
+
+    def finish(self, leaves: Sequence[int], start_depths: Sequence[int]) -> None:
+        """Score complete sequences and record one rollout each."""
+        self.score(leaves)
+        for leaf, start_depth in zip(leaves, start_depths, strict=True):
+            self._record(leaf, start_depth)
+
+    def score(self, leaves: Sequence[int]) -> None:
+        """Reward complete sequences. A leaf reached again keeps its reward."""
+        tree = self.tree
+        new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
+        done = [self.finished(leaf) for leaf in new]
+        rewards = checked_finish(self.reward, [self._states[leaf] for leaf in new], done) if new else []
+        for leaf, reward in zip(new, rewards, strict=True):
+            tree.reward[leaf] = reward
+
+    def _record(self, leaf: int, start_depth: int) -> None:
+        reward = self.tree.reward[leaf]
+        rollout = Rollout(
+            index=len(self.rollouts),
+            reward=reward,
+            best_so_far=max(reward, self.rollouts[-1].best_so_far) if self.rollouts else reward,
+            nodes=len(self.tree),
+            seconds=time.perf_counter() - self._started,
+            tokens=self.usage.forwarded_tokens,
+            length=self.tree.depth[leaf],
+            start_depth=start_depth,
+            text=self.finished(leaf).text,
+        )
+        self.rollouts.append(rollout)
+        if self._on_rollout is not None:
+            self._on_rollout(rollout)
+
+    def finished(self, leaf: int) -> Finished:
+        """The complete sequence that ends at `leaf`."""
+        ids = self.tree.tokens(leaf)
+        text = self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids)
+        cuts = [text.find(stop) for stop in self.decoding.stop if stop in text]
+        return Finished(ids, text[: min(cuts)] if cuts else text)
+
+    def completion(self, leaf: int) -> Completion:
+        """A scored leaf as the user sees it."""
+        done = self.finished(leaf)
+        reward = self.tree.reward[leaf]
+        return Completion(done.text, done.token_ids, reward, self.tree.log_prob(leaf), self._finished_by[leaf])
+
+    # -- budget and outcome ----------------------------------------------------------------------------------------
+
+    def exhausted(self, next_tokens: int = 0) -> bool:
+        """Whether a budget is used up, or would be exceeded by forwarding `next_tokens` more."""
+        budget = self.budget
+        return (
+            (budget.rollouts is not None and len(self.rollouts) >= budget.rollouts)
+            or (budget.tokens is not None and self.usage.forwarded_tokens + next_tokens > budget.tokens)
+            or (budget.seconds is not None and time.perf_counter() - self._started >= budget.seconds)
+        )
+
+    def rng(self, index: int) -> np.random.Generator:
+        """The random stream of the `index`-th path: the same whatever is decoded beside it."""
+        return np.random.default_rng([self.decoding.seed, index])
+
+    def result(self, method: Method, *, partial: bool) -> Result:
+        """What was found so far."""
+        self.usage.seconds = time.perf_counter() - self._started
+        completions = [self.completion(leaf) for leaf in self.tree.leaves()]
+        completions.sort(key=lambda c: -c.reward)
+        sampler = functools.partial(draw_completions, self) if self.values is not None else None
+        return Result(
+            completions, self.rollouts, self.usage, self.tree, self.values, method.name, partial, sampler
+        )
+
+
+def run(search: Search, method: Method) -> Result:
+    """Alternate between the method's plan and the model until the plan ends or the budget is used up."""
+    for nodes in method.plan(search):
+        if search.exhausted(next_tokens=len(nodes)):
+            break
+        search.evaluate(nodes)
+    return search.result(method, partial=False)

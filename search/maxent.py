@@ -1,0 +1,137 @@
+"""Maximum-entropy tree search: Diffusion Tree Sampling (DTS) and DTS*, on tokens (arXiv 2506.20701).
+
+Both grow one tree and keep the soft values of `dts.softvalue`. DTS spends each rollout where the estimated target
+pi* = p exp(lambda r) / Z has the most mass that is not finished yet, so no sequence is drawn twice and the tree's
+distribution converges to pi*. DTS* descends by an upper confidence bound and looks for the best sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dts.errors import UsageError
+from dts.search.sampling import check_size
+from dts.search.walkers import BLOCKED, EXPAND, rollouts
+from dts.settings import Budget
+from dts.softvalue import SoftValues
+
+if TYPE_CHECKING:
+    from dts.search.loop import Search
+
+
+@dataclass(frozen=True, slots=True)
+class MaxEnt:
+    """Maximum-entropy tree search.
+
+    rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (DTS*).
+    exploration: DTS* only, weight of the confidence bonus in units of the reward range seen so far.
+    """
+
+    rollouts: int
+    reward_scale: float = 4.0
+    search: str = "sample"
+    exploration: float = 1.0
+    name: str = field(default="maxent", init=False)
+
+    def __post_init__(self) -> None:
+        check_size("rollouts", self.rollouts)
+        if not 0 <= self.reward_scale < math.inf:
+            raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
+        if self.search not in ("sample", "best"):
+            raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
+        if not 0 <= self.exploration < math.inf:
+            raise UsageError(f"exploration={self.exploration!r} is not allowed; give a number >= 0")
+        if self.search == "best":
+            object.__setattr__(self, "name", "maxent-star")
+
+    def batch_size(self) -> int:
+        """At least four waves of selection, so that later paths learn from earlier ones."""
+        return min(16, max(1, self.rollouts // 4))
+
+    def budget(self) -> Budget:
+        return Budget(rollouts=self.rollouts)
+
+    def plan(self, search: Search) -> Iterator[Sequence[int]]:
+        search.values = SoftValues(search.tree, self.reward_scale)
+        if self.search == "sample":
+            return rollouts(search, _Boltzmann(search.values))
+        return rollouts(search, _UpperBound(search.values, self.exploration))
+
+
+@dataclass(frozen=True, slots=True)
+class _Boltzmann:
+    """Follow the estimated target, restricted to what is not finished: p(a|s) exp F_open(sa), rest u(s) exp G(s)."""
+
+    values: SoftValues
+    most_likely: bool = False
+
+    def select(self, node: int, rng: np.random.Generator) -> int:
+        self.values.grow()
+        tree, open_value = self.values.tree, self.values.log_open
+        choices = [child for child in tree.children(node) if open_value[child] > -math.inf]
+        weights = [tree.log_p[child] + open_value[child] for child in choices]
+        if tree.log_unexplored[node] > -math.inf:
+            choices.append(EXPAND)
+            weights.append(tree.log_unexplored[node] + self.values.log_rest[node])
+        return draw_index(choices, weights, rng.random()) if choices else BLOCKED
+
+    def finish(self, leaf: int) -> None:
+        self.values.finish(leaf)
+
+
+def draw_index(choices: Sequence[int], log_weights: Sequence[float], uniform: float) -> int:
+    """One of `choices` with probability proportional to exp(log_weights)."""
+    top = max(log_weights)
+    weights = [math.exp(w - top) for w in log_weights]
+    left = uniform * math.fsum(weights)
+    for choice, weight in zip(choices, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return choice
+    return choices[weights.index(max(weights))]  # rounding left a sliver
+
+
+class _UpperBound:
+    """Follow the largest V + bonus; finished subtrees are closed. Selections count as visits at once, so that paths
+    decoded together spread out."""
+
+    most_likely = False
+
+    def __init__(self, values: SoftValues, exploration: float) -> None:
+        self.values, self._exploration = values, exploration
+        self._selected = array("i")
+        self._low, self._high = math.inf, -math.inf
+
+    def select(self, node: int, rng: np.random.Generator) -> int:
+        values, tree = self.values, self.values.tree
+        values.grow()
+        self._selected.extend([1] * (len(tree) - len(self._selected)))
+        best, best_score = BLOCKED, -math.inf
+        total = math.sqrt(self._selected[node])
+        for child in tree.children(node):
+            if values.log_open[child] > -math.inf:
+                bonus = math.exp(tree.log_p[child]) * total / (1 + self._selected[child])
+                score = self._scaled(values.value(child)) + self._exploration * bonus
+                if score > best_score:
+                    best, best_score = child, score
+        if tree.log_unexplored[node] > -math.inf:
+            bonus = math.exp(tree.log_unexplored[node]) * total / (1 + tree.n_children[node])
+            if self._scaled(values.rest(node)) + self._exploration * bonus > best_score:
+                best = EXPAND
+        if best >= 0:
+            self._selected[best] += 1
+        return best
+
+    def _scaled(self, value: float) -> float:
+        return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
+
+    def finish(self, leaf: int) -> None:
+        reward = self.values.tree.reward[leaf]
+        self._low, self._high = min(self._low, reward), max(self._high, reward)
+        self.values.finish(leaf)
