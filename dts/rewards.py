@@ -270,10 +270,15 @@ def clip(reward: Reward | Callable[..., Any], low: float, high: float) -> Reward
 
 
 def gate(reward: Reward | Callable[..., Any], by: Reward | Callable[..., Any]) -> Reward:
-    """`r * g` with r >= 0 and a gate g in [0, 1]; both are checked at the end of a sequence."""
+    """`r * g` with r >= 0 and a gate g in [0, 1]. Raises `RewardError` where a value leaves its range."""
 
     def join(row: list[float]) -> float:
-        value, gate_value = max(row[0], 0.0), min(max(row[1], 0.0), 1.0)
-        return value * gate_value if gate_value > 0 else 0.0
+        value, opening = row
+        if value == -math.inf or opening == -math.inf:  # nothing known yet of a product that cannot be negative
+            return 0.0
+        opening = 1.0 if opening == math.inf else opening
+        if value < 0 or not 0 <= opening <= 1:
+            raise RewardError(f"gate needs a reward >= 0 and a gate in [0, 1], got {value} and {opening}")
+        return value * opening if opening > 0 else 0.0
 
     return _named(_Combined([reward, by], join), "gate")

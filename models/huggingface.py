@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
+from dts.models.loading import load_pretrained
+from dts.models.registry import ModelSpec, resolve
 from dts.models.treecache import ATTENTION, Prefix, TreeCache
 from dts.results import Usage
 from dts.rewards import Prompt
@@ -21,6 +24,37 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long prompts
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the self-check, absolute, in logits
 LOW_PRECISION_TOLERANCE = 0.25
+
+
+def load(
+    model: str | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    models_file: str | Path | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+) -> HFModel:
+    """A language model to decode with.
+
+    model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or a pair
+    (model, tokenizer) of Hugging Face objects. The other options are those of `dts.models.loading.load_pretrained`.
+
+    Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
+    """
+    if isinstance(model, tuple):
+        return HFModel(*model)
+    spec = resolve(model, models_file) if isinstance(model, str) else model
+    loaded, tokenizer = load_pretrained(
+        spec,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        quantization=quantization,
+    )
+    return HFModel(loaded, tokenizer, spec.name)
 
 
 class HFModel:

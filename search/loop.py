@@ -103,8 +103,11 @@ class Search:
     # -- growing the tree ------------------------------------------------------------------------------------------
 
     def draw(self, nodes: Sequence[int], uniforms: Sequence[float] | None) -> list[int]:
-        """One new child for each of these distinct evaluated nodes: a token that is no child yet, drawn from p by
-        inverse transform of `uniforms`, or the most likely one where `uniforms` is None."""
+        """A new child for each of these evaluated nodes: a token that was no child before the call, drawn from p by
+        inverse transform of `uniforms`, or the most likely one where `uniforms` is None.
+
+        A node may be named several times; draws from it are independent, and equal ones share a child.
+        """
         log_p = self.log_probs(nodes)
         mass = log_p.exp()
         for row, node in enumerate(nodes):
@@ -117,14 +120,24 @@ class Search:
             cumulative = mass.cumsum(-1)
             target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
-        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log()
-        return self._add(nodes, tokens[:, 0].tolist(), log_p.gather(-1, tokens)[:, 0].tolist(), rest.tolist())
+        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
+        drawn: dict[int, list[int]] = {}
+        new: dict[tuple[int, int], tuple[float, float]] = {}  # (node, token): log p and the mass left outside
+        pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
+        for row, ((node, token), lp) in enumerate(zip(pairs, log_p.gather(-1, tokens)[:, 0].tolist(), strict=True)):
+            siblings = drawn.setdefault(node, [])
+            if token not in siblings:
+                siblings.append(token)
+                if len(siblings) > 1:
+                    rest[row] = mass[row].index_fill(0, torch.tensor(siblings, device=mass.device), 0.0).sum().log()
+                new[node, token] = lp, min(float(rest[row]), 0.0)
+        child_of = dict(zip(new, self._add(new), strict=True))
+        return [child_of[pair] for pair in pairs]
 
-    def _add(self, parents: Sequence[int], tokens: list[int], log_p: list[float], rest: list[float]) -> list[int]:
+    def _add(self, new: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
         tree = self.tree
-        rows = zip(parents, tokens, log_p, rest, strict=True)
-        children = [tree.add(parent, token, lp, min(r, 0.0)) for parent, token, lp, r in rows]
-        states = self.reward.extend([self._states[parent] for parent in parents], tokens)
+        children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
+        states = self.reward.extend([self._states[parent] for parent, _ in new], [token for _, token in new])
         self._states.extend(states)
         bounds = zip(children, self.reward.earned(states), self.reward.upper(states), strict=True)
         for child, earned, upper in bounds:

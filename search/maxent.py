@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dts.errors import UsageError
 from dts.search.sampling import check_size
-from dts.search.walkers import BLOCKED, EXPAND, rollouts
+from dts.search.walkers import BLOCKED, EXPAND, Walker, rollouts
 from dts.settings import Budget
 from dts.softvalue import SoftValues
+from dts.tree import ROOT
 
 if TYPE_CHECKING:
     from dts.search.loop import Search
@@ -30,13 +29,15 @@ class MaxEnt:
     """Maximum-entropy tree search.
 
     rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (DTS*).
-    exploration: DTS* only, weight of the confidence bonus in units of the reward range seen so far.
+    explore: DTS only, share of rollouts that follow p instead of the values (but still finish nothing twice).
+    bonus: DTS* only, weight of the confidence bonus in units of the reward range seen so far.
     """
 
     rollouts: int
     reward_scale: float = 4.0
     search: str = "sample"
-    exploration: float = 1.0
+    explore: float = 0.2
+    bonus: float = 1.0
     name: str = field(default="maxent", init=False)
 
     def __post_init__(self) -> None:
@@ -45,8 +46,10 @@ class MaxEnt:
             raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
         if self.search not in ("sample", "best"):
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
-        if not 0 <= self.exploration < math.inf:
-            raise UsageError(f"exploration={self.exploration!r} is not allowed; give a number >= 0")
+        if not 0 <= self.explore <= 1:
+            raise UsageError(f"explore={self.explore!r} is not allowed; give a share from 0 to 1")
+        if not 0 <= self.bonus < math.inf:
+            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0")
         if self.search == "best":
             object.__setattr__(self, "name", "maxent-star")
 
@@ -60,26 +63,33 @@ class MaxEnt:
     def plan(self, search: Search) -> Iterator[Sequence[int]]:
         search.values = SoftValues(search.tree, self.reward_scale)
         if self.search == "sample":
-            return rollouts(search, _Boltzmann(search.values))
-        return rollouts(search, _UpperBound(search.values, self.exploration))
+            return rollouts(search, _Boltzmann(search.values, self.explore))
+        return rollouts(search, _UpperBound(search.values, self.bonus))
 
 
 @dataclass(frozen=True, slots=True)
 class _Boltzmann:
-    """Follow the estimated target, restricted to what is not finished: p(a|s) exp F_open(sa), rest u(s) exp G(s)."""
+    """Follow the estimated target, restricted to what is not finished: p(a|s) exp F_open(sa), rest u(s) exp G(s).
+
+    A share of the paths follows p instead, so that no sequence is left out for a wrong early estimate.
+    """
 
     values: SoftValues
+    explore: float
     most_likely: bool = False
+    distinct: bool = True
 
-    def select(self, node: int, rng: np.random.Generator) -> int:
+    def select(self, walker: Walker) -> int:
         self.values.grow()
-        tree, open_value = self.values.tree, self.values.log_open
+        node, tree, open_value = walker.node, self.values.tree, self.values.log_open
+        if node == ROOT:
+            walker.explores = walker.rng.random() < self.explore
         choices = [child for child in tree.children(node) if open_value[child] > -math.inf]
-        weights = [tree.log_p[child] + open_value[child] for child in choices]
+        weights = [tree.log_p[child] + (0.0 if walker.explores else open_value[child]) for child in choices]
         if tree.log_unexplored[node] > -math.inf:
             choices.append(EXPAND)
-            weights.append(tree.log_unexplored[node] + self.values.log_rest[node])
-        return draw_index(choices, weights, rng.random()) if choices else BLOCKED
+            weights.append(tree.log_unexplored[node] + (0.0 if walker.explores else self.values.log_rest[node]))
+        return draw_index(choices, weights, walker.rng.random()) if choices else BLOCKED
 
     def finish(self, leaf: int) -> None:
         self.values.finish(leaf)
@@ -102,14 +112,15 @@ class _UpperBound:
     decoded together spread out."""
 
     most_likely = False
+    distinct = True
 
-    def __init__(self, values: SoftValues, exploration: float) -> None:
-        self.values, self._exploration = values, exploration
+    def __init__(self, values: SoftValues, weight: float) -> None:
+        self.values, self._weight = values, weight
         self._selected = array("i")
         self._low, self._high = math.inf, -math.inf
 
-    def select(self, node: int, rng: np.random.Generator) -> int:
-        values, tree = self.values, self.values.tree
+    def select(self, walker: Walker) -> int:
+        node, values, tree = walker.node, self.values, self.values.tree
         values.grow()
         self._selected.extend([1] * (len(tree) - len(self._selected)))
         best, best_score = BLOCKED, -math.inf
@@ -117,12 +128,12 @@ class _UpperBound:
         for child in tree.children(node):
             if values.log_open[child] > -math.inf:
                 bonus = math.exp(tree.log_p[child]) * total / (1 + self._selected[child])
-                score = self._scaled(values.value(child)) + self._exploration * bonus
+                score = self._scaled(values.value(child)) + self._weight * bonus
                 if score > best_score:
                     best, best_score = child, score
         if tree.log_unexplored[node] > -math.inf:
             bonus = math.exp(tree.log_unexplored[node]) * total / (1 + tree.n_children[node])
-            if self._scaled(values.rest(node)) + self._exploration * bonus > best_score:
+            if self._scaled(values.rest(node)) + self._weight * bonus > best_score:
                 best = EXPAND
         if best >= 0:
             self._selected[best] += 1

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dts.errors import UsageError
-from dts.search.walkers import EXPAND, rollouts
+from dts.search.walkers import EXPAND, Walker, rollouts
 from dts.settings import Budget
 from dts.tree import Tree
 
@@ -31,12 +29,14 @@ class Ancestral:
     explored: int = 0
     log_mass: array[float] | None = None
     most_likely: bool = False
+    distinct: bool = False
 
-    def select(self, node: int, rng: np.random.Generator) -> int:
+    def select(self, walker: Walker) -> int:
+        node = walker.node
         if not self.tree.n_children[node]:
             return EXPAND
         mass = math.exp(self.log_mass[node]) if self.log_mass is not None and node < self.explored else 1.0
-        u = rng.random() * mass
+        u = walker.rng.random() * mass
         last = EXPAND
         for child in self.tree.children(node):
             if child >= self.explored:
@@ -57,9 +57,10 @@ class _MostLikely:
 
     tree: Tree
     most_likely: bool = True
+    distinct: bool = False
 
-    def select(self, node: int, rng: np.random.Generator) -> int:
-        return self.tree.first_child[node] if self.tree.n_children[node] else EXPAND
+    def select(self, walker: Walker) -> int:
+        return self.tree.first_child[walker.node] if self.tree.n_children[walker.node] else EXPAND
 
     def finish(self, leaf: int) -> None:
         pass

@@ -25,9 +25,10 @@ class Policy(Protocol):
     """How a path chooses at an evaluated node, and what is learnt when it ends."""
 
     most_likely: bool  # expand with the most likely token instead of a draw from p
+    distinct: bool  # paths that expand the same node at once must take different tokens
 
-    def select(self, node: int, rng: np.random.Generator) -> int:
-        """A child of `node`, EXPAND or BLOCKED."""
+    def select(self, walker: Walker) -> int:
+        """A child of the path's node, EXPAND or BLOCKED."""
 
     def finish(self, leaf: int) -> None:
         """A path ended at this scored leaf."""
@@ -40,6 +41,7 @@ class Walker:
     rng: np.random.Generator
     node: int = ROOT
     start_depth: int = -1  # where it left the tree that was there; -1 while it still follows it
+    explores: bool = False  # follows p instead of the values
 
 
 def rollouts(search: Search, policy: Policy) -> Iterator[Sequence[int]]:
@@ -80,7 +82,8 @@ def advance(
     """Move every path to a node that must be forwarded, or to its end; returns those that wait for a forward call."""
     waiting: list[Walker] = []
     while walkers:
-        expanding: dict[int, Walker] = {}  # one new child per node and round, so that no two paths draw the same
+        expanding: list[Walker] = []
+        expanded: set[int] = set()
         later: list[Walker] = []
         ended: list[Walker] = []
         for walker in walkers:
@@ -88,15 +91,15 @@ def advance(
             if search.tree.terminal[walker.node]:
                 ended.append(walker)
             elif choice == EXPAND:
-                if expanding.setdefault(walker.node, walker) is not walker:
-                    later.append(walker)
+                again = policy.distinct and walker.node in expanded
+                (later if again else expanding).append(walker)
+                expanded.add(walker.node)
             elif choice != BLOCKED:
                 waiting.append(walker)
         if expanding:
-            moved = list(expanding.values())
-            _expand(search, policy, moved)
-            ended += [w for w in moved if search.tree.terminal[w.node]]
-            waiting += [w for w in moved if not search.tree.terminal[w.node]]
+            _expand(search, policy, expanding)
+            ended += [w for w in expanding if search.tree.terminal[w.node]]
+            waiting += [w for w in expanding if not search.tree.terminal[w.node]]
         if ended:
             end(ended)
         walkers = later
@@ -111,7 +114,7 @@ def _descend(search: Search, policy: Policy, walker: Walker) -> int:
     """Follow the policy to a leaf or a node that must be forwarded (returned), or until it says EXPAND or BLOCKED."""
     tree = search.tree
     while not tree.terminal[walker.node] and search.evaluated(walker.node):
-        choice = policy.select(walker.node, walker.rng)
+        choice = policy.select(walker)
         if choice < 0:
             return choice
         walker.node = choice

@@ -1,0 +1,158 @@
+"""The reward interface: adapters, combinators, checks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import dts
+from dts.rewards import Context, Finished, TerminalReward, checked_finish
+
+CONTEXT = Context("prompt", (1, 2), lambda ids: "".join(chr(i) for i in ids))
+
+
+def finish(reward, *texts):
+    done = [Finished(tuple(map(ord, text)), text) for text in texts]
+    state = reward.start(CONTEXT)
+    return checked_finish(reward, [state] * len(done), done)
+
+
+class Count:
+    """+1 for each 'a', at most 3: monotone, with both bounds. The state is the number of them."""
+
+    name, monotone = "count", True
+
+    def start(self, context):
+        return 0
+
+    def extend(self, states, tokens):
+        return [state + (token == ord("a")) for state, token in zip(states, tokens, strict=True)]
+
+    def earned(self, states):
+        return [float(min(state, 3)) for state in states]
+
+    def upper(self, states):
+        return [3.0] * len(states)
+
+    def finish(self, states, finished):
+        return self.earned(states)
+
+
+class Falling(Count):
+    def earned(self, states):
+        return [float(-state) for state in states]
+
+
+def walk(reward, text):
+    state, earned, upper = reward.start(CONTEXT), [], []
+    for token in map(ord, text):
+        (state,) = reward.extend([state], [token])
+        earned += reward.earned([state])
+        upper += reward.upper([state])
+    return earned, upper, reward.finish([state], [Finished(tuple(map(ord, text)), text)])[0]
+
+
+def test_text_functions_single_and_batched():
+    assert finish(dts.as_reward(lambda text: len(text)), "ab", "c") == [2.0, 1.0]
+    assert finish(dts.as_reward(lambda texts: [len(t) for t in texts]), "ab", "c") == [2.0, 1.0]
+    assert finish(dts.as_reward(lambda texts: np.array([len(t) for t in texts])), "ab") == [2.0]
+
+    def annotated(texts: list[str]) -> list[float]:
+        assert isinstance(texts, list)
+        return [float(len(t)) for t in texts]
+
+    reward = dts.as_reward(annotated)
+    assert reward.name == "annotated" and finish(reward, "abc") == [3.0]
+
+
+def test_trl_functions_get_what_they_name():
+    seen = {}
+
+    def scorer(prompts, completions, **kwargs):
+        seen.update(prompts=prompts, completions=completions, **kwargs)
+        return [1.0] * len(prompts)
+
+    assert finish(dts.as_reward(scorer), "hi", "yo") == [1.0, 1.0]
+    ids = [[104, 105], [121, 111]]
+    assert seen == {"prompts": ["prompt"] * 2, "completions": ["hi", "yo"], "completion_ids": ids}
+    assert finish(dts.as_reward(lambda completions: [len(c) for c in completions]), "hi") == [2.0]
+    chat = Context([{"role": "user", "content": "q"}], (1,), CONTEXT.decode)
+    reward = dts.as_reward(scorer)
+    reward.finish([reward.start(chat)], [Finished((5,), "a")])
+    assert seen["completions"] == [[{"role": "assistant", "content": "a"}]]
+
+
+def test_reward_objects_pass_through_and_anything_else_is_refused():
+    count = Count()
+    assert dts.as_reward(count) is count
+    with pytest.raises(dts.UsageError, match="'text'"):
+        dts.as_reward("text")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [([1.0, 2.0], "2 values for 1"), ([float("nan")], "nan"), (["x"], "'x', not a number"), ([None], "None")],
+)
+def test_wrong_answers_name_the_reward_and_the_completion(returned, message):
+    reward = TerminalReward(lambda context, finished: returned, "wrong")
+    with pytest.raises(dts.RewardError, match=message) as error:
+        finish(reward, "some text")
+    assert "'wrong'" in str(error.value) and "some text" in str(error.value)
+
+
+def test_combinators():
+    length = dts.as_reward(lambda text: float(len(text)), name="length")
+    assert finish(dts.weighted_sum([(length, 2.0), (lambda text: 1.0, 0.5)]), "abc") == [6.5]
+    assert finish(dts.minimum(length, lambda text: 2.0), "abc", "a") == [2.0, 1.0]
+    assert finish(dts.clip(length, 0.0, 2.0), "abc", "a") == [2.0, 1.0]
+    assert finish(dts.gate(length, by=lambda text: 0.5), "ab") == [1.0]
+    assert dts.weighted_sum([(length, 2.0)]).name == "sum(length)"
+    with pytest.raises(dts.UsageError, match="negate"):
+        dts.weighted_sum([(length, -1.0)])
+    with pytest.raises(dts.RewardError, match="gate needs"):
+        finish(dts.gate(length, by=lambda text: 2.0), "ab")
+
+
+def test_bounds_of_combinations_hold_on_every_prefix():
+    combined = dts.weighted_sum([(Count(), 0.5), (dts.clip(lambda text: len(text) / 10, 0.0, 1.0), 2.0)])
+    earned, upper, final = walk(combined, "banana")
+    assert earned == [0.0, 0.5, 0.5, 1.0, 1.0, 1.5] and upper == [3.5] * 6
+    assert final == pytest.approx(1.5 + 1.2)
+    assert combined.monotone is False and dts.minimum(Count(), Count()).monotone is True
+    earned, upper, final = walk(dts.gate(Count(), by=lambda text: 0.5), "aab")
+    assert earned == [0.0] * 3 and upper == [3.0] * 3 and final == 1.0
+
+
+def test_check_monotone_raises_where_the_promise_breaks():
+    assert walk(dts.CheckMonotone(Count()), "banana") == walk(Count(), "banana")
+    with pytest.raises(dts.RewardError, match="not monotone"):
+        walk(dts.CheckMonotone(Falling()), "ba")
+
+    class Stingy(Count):
+        def finish(self, states, finished):
+            return [0.0] * len(states)
+
+    with pytest.raises(dts.RewardError, match="outside its own bounds"):
+        walk(dts.CheckMonotone(Stingy()), "aa")
+
+
+def test_terminal_rewards_know_nothing_before_the_end():
+    earned, upper, final = walk(dts.as_reward(lambda text: 7.0), "ab")
+    assert earned == [-math.inf] * 2 and upper == [math.inf] * 2 and final == 7.0
+
+
+def test_earned_reward_is_used_at_the_prefix_where_it_was_earned():
+    """A prefix that has just earned something is valued by it before any rollout ended below it."""
+    from dts.softvalue import SoftValues
+    from dts.tree import Tree
+
+    tree = Tree()
+    tree.earned[0], tree.upper[0] = 0.0, 3.0
+    values = SoftValues(tree, reward_scale=2.0)
+    plain, lucky = (tree.add(0, token, math.log(0.25), math.log(rest)) for token, rest in ((1, 0.75), (2, 0.5)))
+    tree.earned[plain], tree.earned[lucky] = 0.0, 1.0
+    tree.upper[plain] = tree.upper[lucky] = 3.0
+    values.grow()
+    assert values.value(lucky) - values.value(plain) == pytest.approx(1.0)
