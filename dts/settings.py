@@ -43,14 +43,16 @@ class Decoding:
         _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
                  "a tuple of non-empty strings")  # fmt: skip
 
-    def log_probs(self, logits: torch.Tensor, forbidden: torch.Tensor | None = None) -> torch.Tensor:
-        """log p in float64, [B, V], from logits [B, V]; `forbidden` [B, V] marks tokens of probability 0.
+    def probabilities(self, logits: torch.Tensor, forbidden: torch.Tensor | None = None) -> torch.Tensor:
+        """p in float64, [B, V], from logits [B, V]; `forbidden` [B, V] marks tokens of probability 0.
 
         Temperature first, then top-k, then top-p, as in `transformers`' generate.
         """
         if logits.device.type == "mps":  # has no float64
             logits = logits.cpu()
-        scores = logits.double() / self.temperature
+        scores = logits.double()
+        if self.temperature != 1:
+            scores = scores / self.temperature
         if forbidden is not None:
             scores = scores.masked_fill(forbidden.to(scores.device), -math.inf)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
@@ -61,7 +63,7 @@ class Decoding:
             mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             drop = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, mass_before >= self.top_p)
             scores = scores.masked_fill(drop, -math.inf)
-        return scores.log_softmax(-1)
+        return scores.softmax(-1)
 
 
 @dataclass(frozen=True, slots=True)

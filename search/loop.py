@@ -61,7 +61,7 @@ class Search:
         self._decode = context.decode
         self._finished_by: dict[int, str] = {}
         self._states: list[State] = [reward.start(context)]  # reward state by node
-        self._rows: dict[int, torch.Tensor] = {}  # log p by node, kept until the next forward call
+        self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
         self._started = time.perf_counter()
         self._stop_tail = max((len(lm.encode(s)) for s in decoding.stop), default=0) + 8
         self.tree.slot[ROOT] = PROMPT_SLOT
@@ -83,13 +83,15 @@ class Search:
         """Whether the next-token distribution of `node` is at hand."""
         return self.tree.slot[node] != NONE
 
-    def log_probs(self, nodes: Sequence[int]) -> torch.Tensor:
-        """log p(. | node) in float64, [len(nodes), V], of evaluated nodes."""
+    def probabilities(self, nodes: Sequence[int]) -> torch.Tensor:
+        """p(. | node) in float64, [len(nodes), V], of evaluated nodes. Not to be written to."""
         missing = [n for n in dict.fromkeys(nodes) if n not in self._rows]
         if missing:
             logits = self.session.logits([self.tree.slot[n] for n in missing])
-            rows = self.decoding.log_probs(logits, self._too_early(missing, logits))
+            rows = self.decoding.probabilities(logits, self._too_early(missing, logits))
             self._rows.update(zip(missing, rows, strict=True))
+            if len(missing) == len(nodes):
+                return rows
         return torch.stack([self._rows[n] for n in nodes])
 
     def _too_early(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor | None:
@@ -108,29 +110,27 @@ class Search:
 
         A node may be named several times; draws from it are independent, and equal ones share a child.
         """
-        log_p = self.log_probs(nodes)
-        mass = log_p.exp()
-        for row, node in enumerate(nodes):
-            known = [self.tree.token[c] for c in self.tree.children(node)]
-            if known:
-                mass[row, known] = 0.0
+        known = [[self.tree.token[c] for c in self.tree.children(node)] for node in nodes]
+        p = mass = self.probabilities(nodes)
+        if any(known):
+            mass = p.clone()
+            for row, tokens_of_row in enumerate(known):
+                mass[row, tokens_of_row] = 0.0
         if uniforms is None:
             tokens = mass.argmax(-1, keepdim=True)
         else:
             cumulative = mass.cumsum(-1)
             target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
-        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
-        drawn: dict[int, list[int]] = {}
-        new: dict[tuple[int, int], tuple[float, float]] = {}  # (node, token): log p and the mass left outside
         pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
-        for row, ((node, token), lp) in enumerate(zip(pairs, log_p.gather(-1, tokens)[:, 0].tolist(), strict=True)):
-            siblings = drawn.setdefault(node, [])
-            if token not in siblings:
-                siblings.append(token)
-                if len(siblings) > 1:
-                    rest[row] = mass[row].index_fill(0, torch.tensor(siblings, device=mass.device), 0.0).sum().log()
-                new[node, token] = lp, min(float(rest[row]), 0.0)
+        log_p = p.gather(-1, tokens)[:, 0].log().tolist()
+        first_row = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+        new = {}  # (node, token): log p and the mass that stays outside the children
+        drawn: dict[int, list[int]] = {}
+        for (node, token), row in sorted(first_row.items(), key=lambda item: item[1]):
+            drawn.setdefault(node, []).append(token)
+            left = mass[row].index_fill(0, torch.tensor(drawn[node], device=mass.device), 0.0).sum()
+            new[node, token] = log_p[row], min(float(left.log()), 0.0)
         child_of = dict(zip(new, self._add(new), strict=True))
         return [child_of[pair] for pair in pairs]
 

@@ -145,7 +145,7 @@ def test_p_is_what_temperature_and_truncation_make_it():
 
     torch.manual_seed(0)
     logits = torch.randn(5, 40) * 3
-    ours = Decoding(temperature=0.8, top_k=20, top_p=0.9).log_probs(logits).exp()
+    ours = Decoding(temperature=0.8, top_k=20, top_p=0.9).probabilities(logits)
     theirs = TemperatureLogitsWarper(0.8)(None, logits)
     theirs = TopPLogitsWarper(0.9)(None, TopKLogitsWarper(20)(None, theirs)).softmax(-1)
     assert torch.allclose(ours.float(), theirs, atol=1e-6)
