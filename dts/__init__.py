@@ -1,11 +1,11 @@
 """Reward-guided tree-search decoding for Hugging Face causal language models.
 
-    import dts
-    from dts.search import MaxEnt
+import dts
+from dts.search import MaxEnt
 
-    lm = dts.load("smollm2-135m")
-    result = dts.decode(lm, "The weather today is", reward=my_function, method=MaxEnt(rollouts=32))
-    result.best.text
+lm = dts.load("smollm2-135m")
+result = dts.decode(lm, "The weather today is", reward=my_function, method=MaxEnt(rollouts=32))
+result.best.text
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class Session(Protocol):
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         """Next-token logits after these slots, [len(slots), vocab]."""
 
+
 class LanguageModel(Protocol):
     """A causal language model with its tokenizer."""
 

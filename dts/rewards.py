@@ -15,7 +15,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from dts.errors import RewardError, UsageError
 
@@ -101,7 +101,7 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None) -> R
         return reward
     if not callable(reward):
         raise UsageError(f"reward={reward!r} is neither a function nor an object with the methods of dts.Reward")
-    label = name or getattr(reward, "__name__", type(reward).__name__)
+    label: str = name or getattr(reward, "__name__", None) or type(reward).__name__
     parameters = inspect.signature(reward).parameters
     if "completions" in parameters:
         return TerminalReward(_trl_scorer(reward), label)
@@ -111,21 +111,17 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None) -> R
 
 
 def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
     def score(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
         messages = isinstance(context.prompt, list) and bool(context.prompt) and isinstance(context.prompt[0], dict)
-        completions = [[{"role": "assistant", "content": f.text}] if messages else f.text for f in finished]
-        ids = [list(f.token_ids) for f in finished]
-        result = function(prompts=[context.prompt] * len(finished), completions=completions, completion_ids=ids)
-        return cast("Sequence[float]", result)
-
-    # A function without **kwargs takes only what it names.
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return score
-    wanted, full = set(parameters), function
-
-    def function(**kwargs: Any) -> Any:
-        return full(**{k: v for k, v in kwargs.items() if k in wanted})
+        arguments = {
+            "prompts": [context.prompt] * len(finished),
+            "completions": [[{"role": "assistant", "content": f.text}] if messages else f.text for f in finished],
+            "completion_ids": [list(f.token_ids) for f in finished],
+        }
+        return list(function(**{k: v for k, v in arguments.items() if takes_all or k in parameters}))
 
     return score
 

@@ -123,8 +123,8 @@ class HFModel:
         """Logits [B, V] from the decoder's last hidden states [B, H]."""
         config = self._core.config.get_text_config()
         logits: torch.Tensor = self._core.get_output_embeddings()(hidden)
-        logits = logits * getattr(config, "logit_scale", None) if getattr(config, "logit_scale", None) else logits
-        logits = logits / config.logits_scaling if getattr(config, "logits_scaling", None) else logits
+        # The two factors and the cap that families put behind their head; the self-check would show another one.
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -73,12 +73,10 @@ class Step:
         found: tuple[torch.Tensor | None, torch.Tensor | None] = self._tensors[key]
         return found
 
-    def _build_masks(
-        self, device: torch.device, window: int | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _build_masks(self, device: torch.device, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         lengths = [0] * self.width
-        for lane, length in zip(self.lanes, self.lengths, strict=True):
-            lengths[lane] = length
+        for lane, held in zip(self.lanes, self.lengths, strict=True):
+            lengths[lane] = held
         length = torch.tensor(lengths, device=device)[:, None]  # [width, 1]
         lane_position = torch.arange(self.span, device=device)[None]
         lane_mask = lane_position >= length
@@ -87,7 +85,7 @@ class Step:
             first_seen = self.prefix_length + length - window  # a query at the lane's last position sees from here on
             prefix_mask = torch.arange(self.prefix_length, device=device)[None] < first_seen
             lane_mask = lane_mask | (lane_position + self.prefix_length < first_seen)
-        ragged = bool(prefix_mask is not None) or min(lengths) < self.span
+        ragged = prefix_mask is not None or min(lengths) < self.span
         return prefix_mask, lane_mask if ragged else None
 
 
@@ -143,9 +141,9 @@ def tree_attention(
     if lane_mask is not None:
         scores[..., length:].masked_fill_(lane_mask, -torch.inf)
     weights = scores.softmax(-1).to(query.dtype)
-    from_prefix = torch.matmul(
-        weights[..., :length].reshape(heads, groups * width, length), view.prefix_values
-    ).view(heads, groups, width, dim)
+    from_prefix = torch.matmul(weights[..., :length].reshape(heads, groups * width, length), view.prefix_values).view(
+        heads, groups, width, dim
+    )
     from_lanes = torch.matmul(weights[..., length:].permute(2, 0, 1, 3), lane_values)  # [width, heads, groups, dim]
     output = (from_prefix.permute(2, 0, 1, 3) + from_lanes).reshape(width, heads * groups, dim)
     if not step.dense:
@@ -153,10 +151,10 @@ def tree_attention(
     return output[None], None
 
 
-AttentionInterface.register(ATTENTION, tree_attention)  # type: ignore[arg-type]
+AttentionInterface.register(ATTENTION, tree_attention)
 
 
-class TreeCache(Cache):  # type: ignore[misc]
+class TreeCache(Cache):
     """Keys and values of one prompt's tree. Tokens are named by slots; slot 0 is the prompt.
 
     `begin` assigns lanes to the next forward call, the model calls `update` layer by layer, `end` closes the call.

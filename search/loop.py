@@ -27,7 +27,9 @@ from dts.tree import NONE, ROOT, Tree
 class Method(Protocol):
     """An algorithm. Objects hold settings only; everything that changes lives in the search."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As on the command line."""
 
     def batch_size(self) -> int:
         """Paths to extend together when the user does not say."""
@@ -232,9 +234,7 @@ class Search:
         completions = [self.completion(leaf) for leaf in self.tree.leaves()]
         completions.sort(key=lambda c: -c.reward)
         sampler = functools.partial(draw_completions, self) if self.values is not None else None
-        return Result(
-            completions, self.rollouts, self.usage, self.tree, self.values, method.name, partial, sampler
-        )
+        return Result(completions, self.rollouts, self.usage, self.tree, self.values, method.name, partial, sampler)
 
 
 def run(search: Search, method: Method) -> Result:

@@ -11,7 +11,6 @@ from dts.search.maxent import draw_index
 from dts.search.sampling import Ancestral
 from dts.search.walkers import Walker, advance
 from dts.softvalue import SoftValues
-from dts.tree import ROOT
 
 if TYPE_CHECKING:
     from dts.search.loop import Search

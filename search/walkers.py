@@ -24,8 +24,13 @@ BLOCKED = -2  # nothing below is left to choose; every remaining sequence is bei
 class Policy(Protocol):
     """How a path chooses at an evaluated node, and what is learnt when it ends."""
 
-    most_likely: bool  # expand with the most likely token instead of a draw from p
-    distinct: bool  # paths that expand the same node at once must take different tokens
+    @property
+    def most_likely(self) -> bool:
+        """Expand with the most likely token instead of a draw from p."""
+
+    @property
+    def distinct(self) -> bool:
+        """Paths that expand the same node at once must take different tokens."""
 
     def select(self, walker: Walker) -> int:
         """A child of the path's node, EXPAND or BLOCKED."""
@@ -76,9 +81,7 @@ def rollouts(search: Search, policy: Policy) -> Iterator[Sequence[int]]:
         yield list(dict.fromkeys(walker.node for walker in walkers))
 
 
-def advance(
-    search: Search, policy: Policy, walkers: list[Walker], end: Callable[[list[Walker]], None]
-) -> list[Walker]:
+def advance(search: Search, policy: Policy, walkers: list[Walker], end: Callable[[list[Walker]], None]) -> list[Walker]:
     """Move every path to a node that must be forwarded, or to its end; returns those that wait for a forward call."""
     waiting: list[Walker] = []
     while walkers:
