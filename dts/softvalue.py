@@ -44,6 +44,7 @@ class SoftValues:
         self.mean = array("d")  # E[r], the limit of V as lambda -> 0
         self.mean_rest = array("d")
         self.visits = array("i")  # finished sequences below
+        self.entered = array("i")  # paths sent through, under way or finished; counted by the policies
         self.grow()
 
     def value(self, node: int = ROOT) -> float:
@@ -65,6 +66,7 @@ class SoftValues:
             self.mean.append(mean)
             self.mean_rest.append(mean)
             self.visits.append(0)
+            self.entered.append(1 if parent != NONE else 0)  # the path that made it
 
     def _handed_down(self, node: int) -> float:
         """log-mean of exp(lambda r) at `node` if its future gain is that of its parent's unexplored children."""

@@ -257,7 +257,8 @@ class TreeCache(Cache):
             self._save(source)
             del self._path[source][depth:]
             return source
-        lane = min((x for x in range(self._lanes) if x not in taken), key=lambda x: (len(self._path[x]) > 0, self._used_at[x]))  # fmt: skip
+        free = [lane for lane in range(self._lanes) if lane not in taken]
+        lane = min(free, key=lambda lane: (len(self._path[lane]) > 0, self._used_at[lane]))  # empty, else least recent
         self._save(lane)
         path = self._ancestors(parent)
         if held and depth:

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 
+from dts.search.beam import Beam
+from dts.search.consensus import SelfConsistency
 from dts.search.loop import Method, Search, run
 from dts.search.maxent import MaxEnt
+from dts.search.mcts import MCTS
+from dts.search.particles import ParticleFilter
 from dts.search.sampling import BestOfN, Greedy, Sampling
 from dts.settings import Budget
 
@@ -14,6 +18,28 @@ METHODS: dict[str, Callable[[int, float], Method]] = {
     "best-of-n": lambda rollouts, scale: BestOfN(rollouts),
     "sampling": lambda rollouts, scale: Sampling(rollouts),
     "greedy": lambda rollouts, scale: Greedy(),
+    "beam": lambda rollouts, scale: Beam(rollouts),
+    "beam-guided": lambda rollouts, scale: Beam(rollouts, reward_weight=scale),
+    "mcts": lambda rollouts, scale: MCTS(rollouts),
+    "uct": lambda rollouts, scale: MCTS(rollouts, puct=False),
+    "particle-filter": lambda rollouts, scale: ParticleFilter(rollouts, reward_scale=scale),
+    "entropic-particle-filter": lambda rollouts, scale: ParticleFilter(rollouts, reward_scale=scale, entropic=True),
+    "self-consistency": lambda rollouts, scale: SelfConsistency(rollouts),
+    "weighted-best-of-n": lambda rollouts, scale: SelfConsistency(rollouts, weighted=True),
 }
 
-__all__ = ["METHODS", "BestOfN", "Budget", "Greedy", "MaxEnt", "Method", "Sampling", "Search", "run"]
+__all__ = [
+    "MCTS",
+    "METHODS",
+    "Beam",
+    "BestOfN",
+    "Budget",
+    "Greedy",
+    "MaxEnt",
+    "Method",
+    "ParticleFilter",
+    "Sampling",
+    "Search",
+    "SelfConsistency",
+    "run",
+]

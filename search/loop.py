@@ -18,7 +18,7 @@ import torch
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.results import Completion, Result, Rollout
 from dts.rewards import Context, Finished, Reward, State, checked_finish
-from dts.search.target import draw_completions
+from dts.search.target import draw_completions, draw_weighted
 from dts.settings import Budget, Decoding
 from dts.softvalue import SoftValues
 from dts.tree import NONE, ROOT, Tree
@@ -59,6 +59,11 @@ class Search:
         self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
         self.tree, self.usage = Tree(), session.usage
         self.values: SoftValues | None = None  # set by methods that estimate the target distribution
+        # Set by methods whose finished paths are weighted samples: log weight by leaf. The weights estimate
+        # p exp(lambda r), not normalised, so their sum is an estimate of Z.
+        self.log_weights: dict[int, float] | None = None
+        # Set by methods that do not rank completions by reward alone: sort keys of leaves, best highest.
+        self.rank: Callable[[Sequence[int]], Sequence[tuple[float, ...]]] | None = None
         self.rollouts: list[Rollout] = []
         self._decode = context.decode
         self._finished_by: dict[int, str] = {}
@@ -136,6 +141,26 @@ class Search:
         child_of = dict(zip(new, self._add(new), strict=True))
         return [child_of[pair] for pair in pairs]
 
+    def take(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """The children of these evaluated nodes that hold the given tokens, of p > 0: old ones where there are some."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        child_of = {pair: self.tree.child_with(*pair) for pair in pairs}
+        new = [pair for pair, child in child_of.items() if child == NONE]
+        if new:
+            row = {node: i for i, node in enumerate(dict.fromkeys(node for node, _ in new))}
+            p = self.probabilities(list(row))
+            held = {node: [self.tree.token[child] for child in self.tree.children(node)] for node in row}
+            for node, token in new:
+                held[node].append(token)
+            outside = p.clone()
+            for node, i in row.items():
+                outside[i, held[node]] = 0.0
+            rest = [min(mass, 0.0) for mass in outside.sum(-1).log().tolist()]
+            log_p = p[[row[node] for node, _ in new], [token for _, token in new]].log().tolist()
+            entries = {pair: (lp, rest[row[pair[0]]]) for pair, lp in zip(new, log_p, strict=True)}
+            child_of.update(zip(new, self._add(entries), strict=True))
+        return [child_of[pair] for pair in pairs]
+
     def _add(self, new: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
         tree = self.tree
         children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
@@ -178,10 +203,13 @@ class Search:
         """Reward complete sequences. A leaf reached again keeps its reward."""
         tree = self.tree
         new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
-        done = [self.finished(leaf) for leaf in new]
-        rewards = checked_finish(self.reward, [self._states[leaf] for leaf in new], done) if new else []
-        for leaf, reward in zip(new, rewards, strict=True):
+        for leaf, reward in zip(new, self.rewards(new), strict=True):
             tree.reward[leaf] = reward
+
+    def rewards(self, nodes: Sequence[int]) -> list[float]:
+        """The reward of each of these prefixes if its sequence ended there."""
+        done = [self.finished(node) for node in nodes]
+        return checked_finish(self.reward, [self._states[node] for node in nodes], done) if nodes else []
 
     def _record(self, leaf: int, start_depth: int) -> None:
         reward = self.tree.reward[leaf]
@@ -231,9 +259,14 @@ class Search:
     def result(self, method: Method, *, partial: bool) -> Result:
         """What was found so far."""
         self.usage.seconds = time.perf_counter() - self._started
-        completions = [self.completion(leaf) for leaf in self.tree.leaves()]
-        completions.sort(key=lambda c: -c.reward)
-        sampler = functools.partial(draw_completions, self) if self.values is not None else None
+        leaves = self.tree.leaves()
+        keys = self.rank(leaves) if self.rank is not None else [(self.tree.reward[leaf],) for leaf in leaves]
+        order = sorted(range(len(leaves)), key=keys.__getitem__, reverse=True)  # equal keys keep their order
+        completions = [self.completion(leaves[i]) for i in order]
+        sampler = None
+        if self.values is not None or self.log_weights is not None:
+            draw = draw_completions if self.values is not None else draw_weighted
+            sampler = functools.partial(draw, self)
         return Result(completions, self.rollouts, self.usage, self.tree, self.values, method.name, partial, sampler)
 
 

@@ -8,7 +8,6 @@ distribution converges to pi*. DTS* descends by an upper confidence bound and lo
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,6 +29,9 @@ class MaxEnt:
 
     rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (DTS*).
     explore: DTS only, share of rollouts that follow p instead of the values (but still finish nothing twice).
+    widening: a node that n paths entered may have up to n ** widening children (progressive widening, Coulom 2007), and
+    one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
+    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
     bonus: DTS* only, weight of the confidence bonus in units of the reward range seen so far.
     """
 
@@ -37,6 +39,7 @@ class MaxEnt:
     reward_scale: float = 4.0
     search: str = "sample"
     explore: float = 0.2
+    widening: float = 0.5
     bonus: float = 1.0
     name: str = field(default="maxent", init=False)
 
@@ -48,14 +51,17 @@ class MaxEnt:
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
         if not 0 <= self.explore <= 1:
             raise UsageError(f"explore={self.explore!r} is not allowed; give a share from 0 to 1")
+        if not 0 < self.widening <= 1:
+            raise UsageError(f"widening={self.widening!r} is not allowed; give an exponent above 0 and up to 1")
         if not 0 <= self.bonus < math.inf:
             raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0")
         if self.search == "best":
             object.__setattr__(self, "name", "maxent-star")
 
     def batch_size(self) -> int:
-        """At least four waves of selection, so that later paths learn from earlier ones."""
-        return min(16, max(1, self.rollouts // 4))
+        """A quarter of the rollouts, so that later paths learn from earlier ones, but at least 4: a step of few paths
+        costs nearly what a step of one does."""
+        return min(16, max(4, self.rollouts // 4), self.rollouts)
 
     def budget(self) -> Budget:
         return Budget(rollouts=self.rollouts)
@@ -63,8 +69,8 @@ class MaxEnt:
     def plan(self, search: Search) -> Iterator[Sequence[int]]:
         search.values = SoftValues(search.tree, self.reward_scale)
         if self.search == "sample":
-            return rollouts(search, _Boltzmann(search.values, self.explore))
-        return rollouts(search, _UpperBound(search.values, self.bonus))
+            return rollouts(search, _Boltzmann(search.values, self.widening, self.explore))
+        return rollouts(search, _UpperBound(search.values, self.widening, self.bonus))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +81,81 @@ class _Boltzmann:
     """
 
     values: SoftValues
+    widening: float
     explore: float
     most_likely: bool = False
     distinct: bool = True
 
     def select(self, walker: Walker) -> int:
-        self.values.grow()
-        node, tree, open_value = walker.node, self.values.tree, self.values.log_open
+        node, values, tree = walker.node, self.values, self.values.tree
+        choices = _open_children(values, node)
         if node == ROOT:
             walker.explores = walker.rng.random() < self.explore
-        choices = [child for child in tree.children(node) if open_value[child] > -math.inf]
-        weights = [tree.log_p[child] + (0.0 if walker.explores else open_value[child]) for child in choices]
-        if tree.log_unexplored[node] > -math.inf:
+        weights = [tree.log_p[child] + (0.0 if walker.explores else values.log_open[child]) for child in choices]
+        if _may_widen(values, node, choices, 1.0 if walker.explores else self.widening):
             choices.append(EXPAND)
-            weights.append(tree.log_unexplored[node] + (0.0 if walker.explores else self.values.log_rest[node]))
-        return draw_index(choices, weights, walker.rng.random()) if choices else BLOCKED
+            weights.append(tree.log_unexplored[node] + (0.0 if walker.explores else values.log_rest[node]))
+        return _enter(values, draw_index(choices, weights, walker.rng.random()) if choices else BLOCKED)
 
     def finish(self, leaf: int) -> None:
         self.values.finish(leaf)
+
+
+class _UpperBound:
+    """Follow the largest V + bonus; finished subtrees are closed."""
+
+    most_likely = False
+    distinct = True
+
+    def __init__(self, values: SoftValues, widening: float, weight: float) -> None:
+        self.values, self._widening, self._weight = values, widening, weight
+        self._low, self._high = math.inf, -math.inf  # rewards seen
+
+    def select(self, walker: Walker) -> int:
+        node, values, tree = walker.node, self.values, self.values.tree
+        children = _open_children(values, node)
+        pull = math.sqrt(values.entered[node])
+        best, best_score = BLOCKED, -math.inf
+        for child in children:
+            bonus = math.exp(tree.log_p[child]) * pull / (1 + values.entered[child])
+            score = self._scaled(values.value(child)) + self._weight * bonus
+            if score > best_score:
+                best, best_score = child, score
+        if _may_widen(values, node, children, self._widening):
+            bonus = math.exp(tree.log_unexplored[node]) * pull / (1 + tree.n_children[node])
+            if self._scaled(values.rest(node)) + self._weight * bonus > best_score:
+                best = EXPAND
+        return _enter(values, best)
+
+    def _scaled(self, value: float) -> float:
+        return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
+
+    def finish(self, leaf: int) -> None:
+        reward = self.values.tree.reward[leaf]
+        self._low, self._high = min(self._low, reward), max(self._high, reward)
+        self.values.finish(leaf)
+
+
+def _open_children(values: SoftValues, node: int) -> list[int]:
+    """Children below which something is left to finish."""
+    values.grow()
+    if node == ROOT:
+        values.entered[ROOT] += 1
+    return [child for child in values.tree.children(node) if values.log_open[child] > -math.inf]
+
+
+def _may_widen(values: SoftValues, node: int, open_children: list[int], widening: float) -> bool:
+    tree = values.tree
+    if tree.log_unexplored[node] == -math.inf:
+        return False
+    return not open_children or tree.n_children[node] < values.entered[node] ** widening
+
+
+def _enter(values: SoftValues, choice: int) -> int:
+    """Count a path into the child it chose: at once, so that paths decoded together spread out."""
+    if choice >= 0:
+        values.entered[choice] += 1
+    return choice
 
 
 def draw_index(choices: Sequence[int], log_weights: Sequence[float], uniform: float) -> int:
@@ -105,44 +168,3 @@ def draw_index(choices: Sequence[int], log_weights: Sequence[float], uniform: fl
         if left < 0:
             return choice
     return choices[weights.index(max(weights))]  # rounding left a sliver
-
-
-class _UpperBound:
-    """Follow the largest V + bonus; finished subtrees are closed. Selections count as visits at once, so that paths
-    decoded together spread out."""
-
-    most_likely = False
-    distinct = True
-
-    def __init__(self, values: SoftValues, weight: float) -> None:
-        self.values, self._weight = values, weight
-        self._selected = array("i")
-        self._low, self._high = math.inf, -math.inf
-
-    def select(self, walker: Walker) -> int:
-        node, values, tree = walker.node, self.values, self.values.tree
-        values.grow()
-        self._selected.extend([1] * (len(tree) - len(self._selected)))
-        best, best_score = BLOCKED, -math.inf
-        total = math.sqrt(self._selected[node])
-        for child in tree.children(node):
-            if values.log_open[child] > -math.inf:
-                bonus = math.exp(tree.log_p[child]) * total / (1 + self._selected[child])
-                score = self._scaled(values.value(child)) + self._weight * bonus
-                if score > best_score:
-                    best, best_score = child, score
-        if tree.log_unexplored[node] > -math.inf:
-            bonus = math.exp(tree.log_unexplored[node]) * total / (1 + tree.n_children[node])
-            if self._scaled(values.rest(node)) + self._weight * bonus > best_score:
-                best = EXPAND
-        if best >= 0:
-            self._selected[best] += 1
-        return best
-
-    def _scaled(self, value: float) -> float:
-        return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
-
-    def finish(self, leaf: int) -> None:
-        reward = self.values.tree.reward[leaf]
-        self._low, self._high = min(self._low, reward), max(self._high, reward)
-        self.values.finish(leaf)

@@ -35,6 +35,14 @@ def draw_completions(search: Search, k: int, seed: int) -> list[Completion]:
     return [search.completion(w.node) for w in walkers]
 
 
+def draw_weighted(search: Search, k: int, seed: int) -> list[Completion]:
+    """k independent draws from weighted samples."""
+    assert search.log_weights is not None
+    leaves, log_weights = list(search.log_weights), list(search.log_weights.values())
+    uniforms = np.random.default_rng([seed, 1]).random(k)
+    return [search.completion(draw_index(leaves, log_weights, u)) for u in uniforms]
+
+
 def _leave_tree(values: SoftValues, rng: np.random.Generator) -> Walker:
     """Walk down by the estimate of pi* to a leaf, or to the node behind which nothing is known."""
     walker = Walker(rng)

@@ -9,12 +9,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fakes import COLORS, Calls, FakeTask, fake_backend, raise_after, reward_failure
 
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.cli import build_parser, hyphenated, main
 from dts.evaluation.config import ExperimentConfig
+from dts.evaluation.results import TIME_KEYS, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,3 +169,101 @@ def test_lists(option: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_list_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list-datasets"]) == 0
     assert {"har", "m4"} <= set(capsys.readouterr().out.split())
+
+
+# The real thing: tiny random models in folders, synthetic data in files.
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny Llama and Mistral models behind the registry's names, and a data folder."""
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("place")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{letter: number for number, letter in enumerate(alphabet, 1)}}
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<eos>")
+    sizes = {"vocab_size": len(vocab), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 0, "bos_token_id": 0}  # fmt: skip
+    for name, kind, context in (("a", "Llama", 8192), ("b", "Mistral", 8192), ("short", "Llama", 64)):
+        config = getattr(transformers, kind + "Config")(**sizes, max_position_embeddings=context)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "models.yaml").write_text("llama-7b: {path: a}\nmistral-7b: {path: b}\nshort: {path: short}\n")
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    labels = np.array(["walking", "sitting"] * 10)
+    signal = rng.normal(size=(20, 128, 3)) * np.where(labels == "walking", 1.0, 0.05)[:, None, None]
+    np.savez(folder / "data" / "har_windows.npz", acc=signal.astype(np.float32), label=labels,
+             subject=np.arange(20), sampling_hz=50, split=np.array(["train", "test"]).repeat(10))  # fmt: skip
+    return folder
+
+
+def real(place: Path, output: Path, *more: str) -> list[str]:
+    return ["--models_file", str(place / "models.yaml"), "--data_dir", str(place / "data"), "--num_samples", "2",
+            "--num_rollouts", "4", "--max_tokens", "6", "--device", "cpu", "--no_wandb", "--quiet",
+            "--output_dir", str(output), *more]  # fmt: skip
+
+
+def test_two_architectures_behind_registry_names(place: Path, tmp_path: Path) -> None:
+    assert main(real(place, tmp_path, "--models", "llama-7b", "mistral-7b", "--methods", "maxent", "greedy")) == 0
+    (file,) = tmp_path.glob("*/summary.json")
+    runs = json.loads(file.read_text())["runs"]
+    assert [(r["model"], r["color"]) for r in runs[::2]] == [("llama-7b", "#FF6B6B"), ("mistral-7b", "#95E1D3")]
+    for run in runs:
+        assert run["forwarded_tokens"] == run["unique_tokens"] > 0
+        assert set(run["metrics"]) >= {"accuracy", "macro_f1", "kappa"}
+    rollouts = read_jsonl(file.parent / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 2 * (4 + 1)
+    assert all(1 <= r["output_length"] <= 6 and r["time"] > 0 for r in rollouts)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_equal_seeds_give_equal_results(place: Path, tmp_path: Path) -> None:
+    def records(name: str) -> list[dict[str, Any]]:
+        assert main(real(place, tmp_path / name, "--models", "llama-7b", "--seed", "3")) == 0
+        (file,) = (tmp_path / name).glob("*/rollouts.jsonl")
+        return [{k: v for k, v in r.items() if k not in TIME_KEYS} for r in read_jsonl(file)]
+
+    assert records("first") == records("second")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--models", "short"], "exceeds the context of short (64 tokens)"),
+        (["--models", "mistral"], "mistral-7b"),
+        (["--models", "owner/not-here"], "owner/not-here"),
+        (["--models", "llama-7b", "--data-dir", "no-such-folder"], "no-such-folder"),
+        (["--models", "llama-7b", "--dataset", "M4"], "m4_subset.csv"),
+        (["--models", "llama-7b", "--device", "tpu9"], "tpu9"),
+        (["--models", "llama-7b", "--dtype", "float8"], "float8"),
+        (["--models", "llama-7b", "--num-samples", "999"], "999"),
+    ],
+)
+def test_real_bad_input_is_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    assert main(real(place, tmp_path, *arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and named in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_malformed_row_is_named_by_file_and_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "m4_subset.csv"
+    values = " ".join(str(100 + i) for i in range(40))
+    data.write_text(
+        f"id,frequency,seasonal_period,horizon,n_train,train,test\n"
+        f"W1,Weekly,1,3,40,{values},1 2 3\nW2,Weekly,1,3,3,1 2 x,1 2 3\n"
+    )
+    arguments = ["--models", "llama-7b", "--dataset", "M4", "--data-dir", str(tmp_path)]
+    assert main(real(place, tmp_path / "out", *arguments)) == 2
+    err = capsys.readouterr().err
+    assert "m4_subset.csv" in err and "line 3" in err and err.count("\n") == 1

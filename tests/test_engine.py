@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
@@ -48,6 +49,7 @@ def test_branching_trees_equal_full_recomputation(family):
 
 @pytest.mark.parametrize("family", SLOW_FAMILIES)
 def test_other_architectures_take_the_slow_correct_path_and_say_so(family, caplog):
+    caplog.set_level(logging.WARNING, logger="dts")
     lm = HFModel(random_model(family), ByteTokenizer())
     session = lm.open(PROMPT, batch_size=2, max_new_tokens=4)
     assert isinstance(session, RecomputeSession)

@@ -20,7 +20,19 @@ NUMBERS = rewards.NumberParser(3, 4)
 VOCABULARY = {"trend": {"up": ["rising"], "down": ["falling"]}, "season": {"yes": ["seasonal"]}}
 
 # Words that matter to the rewards, as tokens next to the 256 bytes.
-PIECES = ["Answer", "answer:", "Answer: ", "walking", "_upstairs", " upstairs", "sitting", "301", " 402", "1234 ", "cat"]
+PIECES = [
+    "Answer",
+    "answer:",
+    "Answer: ",
+    "walking",
+    "_upstairs",
+    " upstairs",
+    "sitting",
+    "301",
+    " 402",
+    "1234 ",
+    "cat",
+]
 PIECES += ["concat", "dog", "rising", "falling", " seasonal", "\n", " ", ".", ",", "é€", "😀"]
 
 
@@ -207,7 +219,9 @@ def test_forecast_reward_prefers_what_the_history_does():
     assert reward.score_text("300 400 500 400") == pytest.approx(1.0)
     # Within the usual step-to-step change nothing is lost, so the last season is not the only best forecast.
     assert reward.score_text("301 400 500 400") > 0.95
-    assert reward.score_text("300 400 500 400") > reward.score_text("400 400 400 400") > reward.score_text("999 0 999 0")
+    assert (
+        reward.score_text("300 400 500 400") > reward.score_text("400 400 400 400") > reward.score_text("999 0 999 0")
+    )
     assert reward.score_text("300 400") == pytest.approx(0.5)  # half the steps
     assert reward.score_text("I cannot say") == 0.0
     flat = rewards.ForecastReward(NUMBERS, np.full(3, 500.0), 24)  # shorter than a season

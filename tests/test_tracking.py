@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import COLORS, FakeTask, fake_backend
+from fakes import COLORS, Calls, FakeTask, fake_backend, raise_after
 from wandb_file import OfflineRun, offline_runs
 
 from dts.evaluation.cli import main
@@ -45,7 +45,7 @@ def test_two_models_are_two_runs_with_their_colours(runs: list[OfflineRun]) -> N
     assert [run.config["color"] for run in runs] == list(COLORS.values())
     assert all(run.config["color"] in run.tags and run.config["model"] in run.tags for run in runs)
     assert {run.project for run in runs} == {"maxent-ts-optimized"}
-    assert [run.exit_code for run in runs] == [0, 0]
+    assert [(run.exit_code, run.summary["partial"]) for run in runs] == [(0, False), (0, False)]
 
 
 def test_one_step_per_rollout_with_the_records_of_the_search(runs: list[OfflineRun], folder: Path) -> None:
@@ -82,6 +82,15 @@ def test_table_and_charts_are_logged(runs: list[OfflineRun]) -> None:
         assert images == {f"charts/{name}" for name in charts}
         drawn = set(run.config["_wandb"]["visualize"])
         assert drawn >= {"reward_over_rollouts", "monotonicity", "speed_quality"}
+
+
+def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
+    task = FakeTask(fail=raise_after(Calls(), 5, KeyboardInterrupt()))
+    arguments = ["--models", *COLORS, "--num-rollouts", "3", "--methods", "maxent", "--wandb-mode", "offline"]
+    assert main([*arguments, "--quiet", "--output-dir", str(tmp_path)], backend=fake_backend(task)) == 130
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    (run,) = offline_runs(folder)
+    assert run.exit_code == 1 and run.summary["partial"] is True and len(run.history) == 5
 
 
 def test_offline_without_a_login_and_online_with_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

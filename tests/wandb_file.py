@@ -72,5 +72,8 @@ class OfflineRun:
 
 def offline_runs(folder: Path) -> list[OfflineRun]:
     """All offline runs under `folder`, oldest first."""
+    import wandb
+
+    wandb.teardown()  # the writing process may still hold the end of a file that `finish` has handed over
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     return [OfflineRun(path) for path in files]

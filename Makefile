@@ -1,0 +1,47 @@
+# Two commands: `make run` (the main job) and `make test` (what must be green before a change lands).
+# Each makes the virtual environment .venv first if it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+DEPENDS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint fetch clean
+
+help:  ## show these lines
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 12
+
+run: $(VENV)/.installed  ## install, fetch the model and the data, run the main job (ARGS="--dataset M4" adds options)
+	$(RUN) -m dts fetch
+	$(RUN) run_experiments.py $(ARGS)
+
+test: $(VENV)/.installed-dev  ## ruff, mypy, fetch, pytest (ARGS="-k tree" adds options)
+	@$(MAKE) --no-print-directory lint
+	$(RUN) -m dts fetch
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false $(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check --quiet .
+	$(RUN) -m mypy
+
+fetch: $(VENV)/.installed  ## only fetch the embedded model and the offline data into the cache
+	$(RUN) -m dts fetch
+
+clean:  ## remove the virtual environment and what tools wrote, but no results and no cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(DEPENDS) | $(RUN)
+	@echo "installing into $(VENV); the first time this takes some minutes"
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-dev: $(DEPENDS) | $(RUN)
+	@echo "installing into $(VENV) with the development tools; the first time this takes some minutes"
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.installed

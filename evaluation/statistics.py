@@ -1,0 +1,135 @@
+"""Intervals and paired tests. The unit that is resampled is an item, or a cluster of items that belong together."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """An estimate with the two ends of its confidence interval; NaN ends where one unit gives no spread."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *columns: Sequence[Any] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    method: Literal["bca", "percentile"] = "bca",
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of `statistic(*columns)` when items (rows across the columns) are drawn with replacement.
+
+    With `clusters` (one name per item) whole clusters are drawn: use subjects where items of one subject are alike.
+    """
+    if not columns or any(len(column) != len(columns[0]) for column in columns) or not len(columns[0]):
+        raise ValueError(f"bootstrap needs columns of one length above 0, got lengths {[len(c) for c in columns]}")
+    arrays = [np.asarray(column) for column in columns]
+    units = _units(len(arrays[0]), clusters)
+    value = float(statistic(*arrays))
+    if len(units) < 2:
+        return Interval(value, math.nan, math.nan)
+
+    def of_units(chosen: np.ndarray) -> float:
+        rows = np.concatenate([units[int(unit)] for unit in chosen])
+        return float(statistic(*(array[rows] for array in arrays)))
+
+    import scipy.stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a statistic that never varies makes BCa 0/0, which is handled below
+        result = scipy.stats.bootstrap(
+            (np.arange(len(units)),),
+            of_units,
+            n_resamples=resamples,
+            vectorized=False,
+            confidence_level=level,
+            method="BCa" if method == "bca" else "percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = (float(end) for end in result.confidence_interval)
+    if math.isnan(low) or math.isnan(high):
+        # BCa has no acceleration or bias where the jackknife or all resamples agree; percentiles always exist.
+        tail = 50 * (1 - level)
+        low, high = (float(end) for end in np.percentile(result.bootstrap_distribution, [tail, 100 - tail]))
+    return Interval(value, low, high)
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean, as a statistic for `bootstrap`."""
+    return float(np.mean(values))
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, clusters: Sequence[Hashable] | None = None, **options: Any
+) -> Interval:
+    """Interval of mean(first - second) over items scored by both; options as in `bootstrap`."""
+    return bootstrap(mean, _differences(first, second), clusters=clusters, **options)
+
+
+def sign_flip_test(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of mean(first - second) = 0 by flipping signs of paired differences.
+
+    Exact where all 2^units patterns fit into `permutations`. With `clusters`, whole clusters flip together.
+    """
+    differences = _differences(first, second)
+    sums = np.array([differences[rows].sum() for rows in _units(len(differences), clusters)])
+    if len(sums) < 2 or not sums.any():
+        return 1.0  # one unit: both signs are equally extreme
+
+    import scipy.stats
+
+    result = scipy.stats.permutation_test(
+        (sums,),
+        lambda flipped, axis: np.sum(flipped, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=permutations,
+        alternative="two-sided",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values adjusted for their number (Holm 1979), by name."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda key: p_values[key])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def _differences(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"paired scores need one length above 0, got {len(first)} and {len(second)}")
+    return np.asarray(first, float) - np.asarray(second, float)
+
+
+def _units(items: int, clusters: Sequence[Hashable] | None) -> list[np.ndarray]:
+    """Row numbers of each unit."""
+    if clusters is None:
+        return [np.array([row]) for row in range(items)]
+    if len(clusters) != items:
+        raise ValueError(f"{len(clusters)} cluster names for {items} items; give one per item")
+    rows: dict[Hashable, list[int]] = {}
+    for row, name in enumerate(clusters):
+        rows.setdefault(name, []).append(row)
+    return [np.array(members) for members in rows.values()]

@@ -1,0 +1,115 @@
+"""Finds a task by name and reads its YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dts.errors import UsageError
+from dts.evaluation.tasks.base import Task
+
+TASKS: Mapping[str, str] = {
+    "har": "human activity: one reason, then the activity that a motion sensor recorded",
+    "m4": "M4 forecasting: the next steps of a series, numbers in, numbers out (horizon capped at 8)",
+    "m4-full": "M4 forecasting over the official horizon of each series",
+    "m4-caption": "M4 captions: the trend, the volatility and the season of a series in words",
+}
+ALIASES: Mapping[str, str] = {"m4-forecast": "m4"}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFile:
+    """One task's YAML file. Unknown keys are an error."""
+
+    name: str
+    version: int
+    kind: str  # "har", "forecast" or "caption"
+    system: str  # system message
+    prompt: str  # user message; the kind's code fills the {fields}
+    max_tokens: int  # default completion length, in tokens
+    metrics: dict[str, str]  # metric -> "max" or "min", the better direction; the first is the headline
+    reply: str = ""  # the form of a worked example's answer
+    stop: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = {name: direction for name, direction in self.metrics.items() if direction not in ("max", "min")}
+        if bad or not self.metrics:
+            raise UsageError(f"task {self.name!r}: each metric needs the direction max or min, got {bad}")
+        if self.max_tokens < 1:
+            raise UsageError(f"task {self.name!r}: max_tokens must be at least 1, got {self.max_tokens}")
+
+
+def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int | None = None, seed: int = 0) -> Task:
+    """The task called `name` (in any case) with `num_samples` examples of the test split; all of them for None.
+
+    `data_dir` is a folder (or a file) in the documented formats; without it the packaged data are used.
+    """
+    from dts.evaluation.tasks import har, m4
+
+    kinds: dict[str, Callable[..., Task]] = {"har": har.load, "forecast": m4.load_forecast, "caption": m4.load_caption}
+    if num_samples is not None and num_samples < 1:
+        raise UsageError(f"num_samples must be at least 1, got {num_samples}")
+    file = read_task_file(canonical(name))
+    return kinds[file.kind](file, data_dir=data_dir, num_samples=num_samples, seed=seed)
+
+
+def canonical(name: str) -> str:
+    """The listed name of a task, for any case, underscores and aliases."""
+    plain = name.strip().lower().replace("_", "-")
+    plain = ALIASES.get(plain, plain)
+    if plain not in TASKS:
+        near = difflib.get_close_matches(plain, [*TASKS, *ALIASES], n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"unknown dataset {name!r}: {hint}choose from {', '.join(TASKS)}")
+    return plain
+
+
+def read_task_file(name: str) -> TaskFile:
+    """The YAML file of a listed task."""
+    path = resources.files("dts.evaluation.tasks") / f"{name.replace('-', '_')}.yaml"
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    unknown = set(data) - {f.name for f in fields(TaskFile)}
+    if unknown:
+        raise UsageError(f"{path}: unknown keys {', '.join(sorted(unknown))}")
+    return TaskFile(**{**data, "stop": tuple(data.get("stop", ()))})
+
+
+def choose(groups: Sequence[Hashable], num_samples: int | None, seed: int, what: str) -> list[int]:
+    """Positions of `num_samples` items, taken from the groups in turn; all, in file order, for None.
+
+    The choice of a smaller number begins the choice of a larger one. Where groups are classes, this decides which
+    examples are decoded, never how.
+    """
+    if num_samples is None:
+        return list(range(len(groups)))
+    if num_samples > len(groups):
+        raise UsageError(
+            f"num_samples={num_samples}: {what} has only {len(groups)} test examples; ask for 1 to that many"
+        )
+    generator = random.Random(f"{what}-{seed}")
+    members: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    queues = list(members.values())
+    for queue in queues:
+        generator.shuffle(queue)
+    generator.shuffle(queues)
+    deepest = max(len(queue) for queue in queues)
+    return [queue[turn] for turn in range(deepest) for queue in queues if turn < len(queue)][:num_samples]
+
+
+def check_ids(texts: Mapping[str, str], known: Mapping[str, Any], task: str) -> None:
+    """Raises unless `texts` is a non-empty selection of the task's example ids."""
+    strange = [name for name in texts if name not in known]
+    if strange or not texts:
+        raise UsageError(
+            f"task {task!r}: no example has the id {strange[0]!r}" if strange else f"task {task!r}: no texts"
+        )
