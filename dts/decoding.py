@@ -30,6 +30,7 @@ def decode(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    max_kv_bytes: int | None = None,
     budget: Budget | None = None,
     on_rollout: Callable[[Rollout], None] | None = None,
 ) -> Result:
@@ -37,6 +38,8 @@ def decode(
 
     lm: from `dts.load`. prompt: text, chat messages or token ids. reward: a `dts.Reward` or a function of the decoded
     completion; None gives every completion 0. method: from `dts.search`. budget: limits on top of the method's own.
+    max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
+    comes back to them.
     on_rollout: called with each rollout as it finishes.
 
     Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails.
@@ -49,7 +52,7 @@ def decode(
     check_prompt(lm, prompt_ids, max_new_tokens)
     scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
     width = batch_size or method.batch_size()
-    session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens)
+    session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
     context = Context(prompt, tuple(prompt_ids), lm.decode)
     limits = _tightest(method.budget(), budget)
     return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)

@@ -44,5 +44,11 @@ class LanguageModel(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Completion ids to text, special tokens dropped."""
 
-    def open(self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int) -> Session:
-        """Prefill a prompt. At most `batch_size` paths are extended together, each by at most `max_new_tokens`."""
+    def open(
+        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> Session:
+        """Prefill a prompt. At most `batch_size` paths are extended together, each by at most `max_new_tokens`.
+
+        max_kv_bytes bounds the keys and values held; beyond it idle branches are given up, and recomputed (and
+        counted) if a path comes back to them.
+        """

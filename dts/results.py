@@ -41,9 +41,10 @@ class Usage:
     """What a search cost. Counted where the model is called, not derived."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that were in the cache before, because the caller kept them there
     generated_tokens: int = 0  # new tokens drawn from the model
     forwarded_tokens: int = 0  # token positions that entered the model, prompt and recomputed ones included
-    unique_tokens: int = 0  # prompt tokens plus distinct prefixes that were extended
+    unique_tokens: int = 0  # prompt tokens (not the cached ones) plus distinct prefixes that were extended
     recomputed_tokens: int = 0  # forwarded again because their cache entry had been given up
     model_calls: int = 0
     seconds: float = 0.0

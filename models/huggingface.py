@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -71,11 +72,13 @@ class HFModel:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._core = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a LoRA wrapper
+        self.decoder = self._core.base_model  # the transformer without its head
         text_config = model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self.eos_ids = _eos_ids(model, tokenizer)
         self._tree_shaped: bool | None = None  # not checked yet
+        self._prefixes: WeakValueDictionary[tuple[int, ...], Prefix] = WeakValueDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -97,26 +100,47 @@ class HFModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def prefix(self, prompt: Prompt) -> Prefix:
+        """Prefill a prompt once for several calls: as long as the returned object lives, decoding the same prompt
+        starts from it, and the prompt's tokens count as `usage.cached_tokens` instead of as forwarded."""
+        ids = tuple(self.encode(prompt))
+        found = self._prefixes.get(ids)
+        if found is None:
+            found = self._prefixes[ids] = self._prefill(ids)
+        return found
+
     @torch.inference_mode()
-    def prefill(self, prompt_ids: Sequence[int]) -> Prefix:
-        """Send a prompt through the model once."""
+    def _prefill(self, prompt_ids: Sequence[int]) -> Prefix:
         cache = DynamicCache()
         hidden = torch.empty(0)
         for start in range(0, len(prompt_ids), PREFILL_CHUNK):
             chunk = torch.tensor([list(prompt_ids[start : start + PREFILL_CHUNK])], device=self.device)
-            output = self._core.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)
-            hidden = output.last_hidden_state[0, -1]
+            hidden = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
         keys = [layer.keys[0].contiguous() for layer in cache.layers]
         return Prefix(tuple(prompt_ids), keys, [layer.values[0].contiguous() for layer in cache.layers], hidden)
 
     def open(
-        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int
+        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
     ) -> TreeSession | RecomputeSession:
         if self._tree_shaped is None:
             self._tree_shaped = self._check_tree_cache()
         if not self._tree_shaped:
             return RecomputeSession(self, prompt_ids)
-        return TreeSession(self, self.prefill(prompt_ids), lanes=batch_size, max_new_tokens=max_new_tokens)
+        kept = self._prefixes.get(tuple(prompt_ids))
+        session = TreeSession(
+            self,
+            kept or self._prefill(prompt_ids),
+            lanes=batch_size,
+            max_new_tokens=max_new_tokens,
+            max_kv_bytes=max_kv_bytes,
+        )
+        usage = session.usage
+        if kept is not None:
+            usage.cached_tokens = len(prompt_ids)
+        else:
+            usage.forwarded_tokens = usage.unique_tokens = len(prompt_ids)
+            usage.model_calls = -(-len(prompt_ids) // PREFILL_CHUNK)
+        return session
 
     @torch.inference_mode()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -147,7 +171,7 @@ class HFModel:
             reason = "its attention cannot be given another cache"
         else:
             prompt, branches = [1, 2, 3], ([4, 5], [6, 7])
-            tree = TreeSession(self, self.prefill(prompt), lanes=2, max_new_tokens=3)
+            tree = TreeSession(self, self._prefill(prompt), lanes=2, max_new_tokens=3)
             slots = tree.extend([PROMPT_SLOT] * 2, [branch[0] for branch in branches])
             slots = tree.extend(slots, [branch[1] for branch in branches])
             direct = torch.cat([full_logits(self, [*prompt, *branch]) for branch in branches])
@@ -163,41 +187,45 @@ class HFModel:
 
 
 class TreeSession:
-    """One prompt's tree in a `TreeCache`: each token enters the model once."""
+    """One prompt's tree in a `TreeCache`: each token enters the model once, unless a memory bound gave it up."""
 
-    def __init__(self, lm: HFModel, prefix: Prefix, *, lanes: int, max_new_tokens: int) -> None:
-        self._lm, self._prompt_length = lm, len(prefix)
-        self._cache = TreeCache(prefix, lanes, max_new_tokens - 1)
+    def __init__(
+        self, lm: HFModel, prefix: Prefix, *, lanes: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> None:
+        self._lm, self.usage = lm, Usage(prompt_tokens=len(prefix))
+        self.cache = TreeCache(prefix, lanes, max_new_tokens - 1, max_kv_bytes)
         self._hidden = prefix.hidden.new_zeros(256, prefix.hidden.shape[-1])  # [slots, H]
         self._hidden[PROMPT_SLOT] = prefix.hidden
-        calls = -(-len(prefix) // PREFILL_CHUNK)
-        self.usage = Usage(prompt_tokens=len(prefix), forwarded_tokens=len(prefix), model_calls=calls)
-        self.usage.kv_bytes = self._cache.bytes() + self._hidden.nbytes
+        self._note_memory()
 
-    @torch.inference_mode()
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        order, slots = self._cache.begin(parents)
-        device = self._lm.device
-        ids = torch.tensor([[tokens[row] for row in order]], device=device)
-        positions = [self._prompt_length + self._cache.depth(slots[row]) - 1 for row in order]
-        with self._lm.tree_attention():
-            output = self._lm._core.base_model(
-                input_ids=ids,
-                position_ids=torch.tensor([positions], device=device),
-                past_key_values=self._cache,
-                use_cache=True,
-            )
-        hidden = output.last_hidden_state[0]
-        self._keep(hidden, [slots[row] for row in order])
-        self.usage.forwarded_tokens += ids.numel()
-        self.usage.model_calls += 1
-        self.usage.kv_bytes = max(self.usage.kv_bytes, self._cache.bytes() + self._hidden.nbytes)
+        while lost := [slot for parent in parents for slot in self.cache.missing(parent)[:1]]:
+            self._forward(lost[:1], reserved=parents)
+            self.usage.recomputed_tokens += 1
+        slots = [self.cache.add(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        self._forward(slots)
         return slots
 
-    def _keep(self, hidden: torch.Tensor, slots: list[int]) -> None:
-        if max(slots) >= len(self._hidden):
+    @torch.inference_mode()
+    def _forward(self, slots: Sequence[int], reserved: Sequence[int] = ()) -> None:
+        ordered, tokens, positions = self.cache.begin(slots, reserved)
+        device = self._lm.device
+        with self._lm.tree_attention():
+            output = self._lm.decoder(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        while max(ordered) >= len(self._hidden):
             self._hidden = torch.cat([self._hidden, torch.zeros_like(self._hidden)])
-        self._hidden[torch.tensor(slots, device=hidden.device)] = hidden
+        self._hidden[torch.tensor(ordered, device=self._hidden.device)] = output.last_hidden_state[0]
+        self.usage.forwarded_tokens += len(tokens)
+        self.usage.model_calls += 1
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        self.usage.kv_bytes = max(self.usage.kv_bytes, self.cache.bytes() + self._hidden.nbytes)
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         return self._lm.head(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])
@@ -210,7 +238,8 @@ class RecomputeSession:
         self._lm, self._prompt_length = lm, len(prompt_ids)
         self._ids: list[tuple[int, ...]] = [tuple(prompt_ids)]  # by slot
         self._logits = [full_logits(lm, prompt_ids)[0]]  # by slot, [V]
-        self.usage = Usage(prompt_tokens=len(prompt_ids), forwarded_tokens=len(prompt_ids), model_calls=1)
+        count = len(prompt_ids)
+        self.usage = Usage(prompt_tokens=count, forwarded_tokens=count, unique_tokens=count, model_calls=1)
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
         first = len(self._ids)

@@ -53,7 +53,9 @@ class TableModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"{token} " for token in token_ids if token not in self.eos_ids)
 
-    def open(self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int) -> TableSession:
+    def open(
+        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> TableSession:
         return TableSession(self, tuple(prompt_ids))
 
     def sequences(self, horizon: int, prompt_ids: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], float]]:
@@ -74,7 +76,8 @@ class TableSession:
 
     def __init__(self, model: TableModel, prompt_ids: tuple[int, ...]) -> None:
         self._model, self._prefixes = model, {PROMPT_SLOT: prompt_ids}
-        self.usage = Usage(prompt_tokens=len(prompt_ids), forwarded_tokens=len(prompt_ids), model_calls=1)
+        count = len(prompt_ids)
+        self.usage = Usage(prompt_tokens=count, forwarded_tokens=count, unique_tokens=count, model_calls=1)
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
         slots = list(range(len(self._prefixes), len(self._prefixes) + len(parents)))

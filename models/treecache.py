@@ -5,8 +5,9 @@ Three places hold keys and values, per layer:
 - the *prefix*: the prompt, once, [heads, P, dim]; every path attends to it as one matrix product;
 - *lanes*: one per path being extended, [lanes, heads, T, dim]; a path attends to its own lane only, so neither other
   paths nor idle branches are read;
-- the *archive*: tokens of branches that lost their lane, [slots, heads, dim]; a path that starts from deep in the tree
-  gathers its ancestors from there once, or takes over a lane that already holds them.
+- the *archive*: tokens of branches that lost their lane, [rows, heads, dim]; a path that starts from deep in the tree
+  gathers its ancestors from there once, or takes over a lane that already holds them. Under a memory bound the least
+  recently used branches are given up; the session sends their tokens through the model again if a path comes back.
 
 A decode step is one forward call of B tokens (`input_ids` [1, B], `position_ids` = prompt length + depth). The model's
 own attention asks the cache for keys and values; the cache stores the new ones and hands out a `LayerView`, which
@@ -23,14 +24,15 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from dts.errors import UsageError
+from dts.models.archive import Archive
 from dts.tree import NONE
 
 ATTENTION = "dts_tree"
 FIRST_LANE_LENGTH = 64
-FIRST_ARCHIVE_SLOTS = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """A prompt that went through the model: keys and values per layer, [heads, P, dim], and its last hidden state."""
 
@@ -157,21 +159,20 @@ AttentionInterface.register(ATTENTION, tree_attention)
 class TreeCache(Cache):
     """Keys and values of one prompt's tree. Tokens are named by slots; slot 0 is the prompt.
 
-    `begin` assigns lanes to the next forward call, the model calls `update` layer by layer, `end` closes the call.
+    `begin` assigns lanes to the next forward call, then the model calls `update` layer by layer.
     """
 
-    def __init__(self, prefix: Prefix, lanes: int, max_length: int) -> None:
+    def __init__(self, prefix: Prefix, lanes: int, max_length: int, max_bytes: int | None = None) -> None:
+        """lanes: paths extended together. max_length: tokens a lane can hold. max_bytes: of all keys and values."""
         # The base class is only an interface here: its layers are not used.
         self.layers: list[Any] = []
         self._prefix, self._lanes, self._max_length = prefix, lanes, max(max_length, 1)
+        shapes = [*prefix.keys, *prefix.values]
         length = min(FIRST_LANE_LENGTH, self._max_length)
-        self._keys = [self._new_lanes(k, length) for k in prefix.keys]  # [lanes, heads, T, dim] per layer
-        self._values = [self._new_lanes(v, length) for v in prefix.values]
-        self._archive_keys: list[torch.Tensor] = []  # [slots, heads, dim] per layer, allocated when first needed
-        self._archive_values: list[torch.Tensor] = []
-        self._parent, self._depth = [NONE], [0]  # by slot
+        self._columns = [self._new_lanes(like, length) for like in shapes]  # [lanes, heads, T, dim]: keys, then values
+        self._archive = Archive(shapes, self._archive_rows(max_bytes))
+        self._parent, self._token, self._depth = [NONE], [NONE], [0]  # by slot
         self._lane_of = [NONE]  # by slot: a lane that may hold it
-        self._archived = [True]  # by slot
         self._path: list[list[int]] = [[] for _ in range(lanes)]  # slots a lane holds, in order of depth
         self._used_at = [0] * lanes
         self._clock = 0
@@ -180,19 +181,32 @@ class TreeCache(Cache):
     def _new_lanes(self, like: torch.Tensor, length: int) -> torch.Tensor:
         return like.new_zeros(self._lanes, like.shape[0], length, like.shape[2])
 
+    def _archive_rows(self, max_bytes: int | None) -> int | None:
+        """Tokens of idle branches that a memory bound leaves room for."""
+        if max_bytes is None:
+            return None
+        shapes = [*self._prefix.keys, *self._prefix.values]
+        token = sum(t.shape[0] * t.shape[2] * t.element_size() for t in shapes)
+        needed = token * (len(self._prefix) + self._lanes * self._max_length)
+        if needed > max_bytes:
+            raise UsageError(
+                f"max_kv_bytes={max_bytes} is too small: the prompt and {self._lanes} paths of {self._max_length} "
+                f"tokens need {needed}; raise it, or lower batch_size or max_new_tokens"
+            )
+        return (max_bytes - needed) // token
+
     # -- what the model calls --------------------------------------------------------------------------------------
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         """Store one layer's new keys and values, [1, heads, B, dim]; returns the layer's view, twice."""
-        step = self._step
+        step, prefix = self._step, self._prefix
         assert step is not None
         lanes, positions = step.indices(key_states.device)
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys, values = self._columns[layer_idx], self._columns[len(prefix.keys) + layer_idx]
         keys[lanes, :, positions] = key_states[0].transpose(0, 1)
         values[lanes, :, positions] = value_states[0].transpose(0, 1)
-        prefix = self._prefix
         view = LayerView(prefix.keys[layer_idx], prefix.values[layer_idx], keys, values, step)
         return view, view
 
@@ -201,39 +215,59 @@ class TreeCache(Cache):
 
     # -- what the session calls ------------------------------------------------------------------------------------
 
-    def begin(self, parents: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Give each parent's child a lane and a slot. Returns the order in which the rows must enter the model
-        (indices into `parents`) and the new slots, in the order of `parents`."""
-        self._clock += 1
-        lane_of_row = self._assign(parents)
-        slots = []
-        for parent, lane in zip(parents, lane_of_row, strict=True):
-            slot = len(self._parent)
-            self._parent.append(parent)
-            self._depth.append(self._depth[parent] + 1)
-            self._lane_of.append(lane)
-            self._archived.append(False)
-            self._path[lane].append(slot)
-            self._used_at[lane] = self._clock
-            slots.append(slot)
-        order = sorted(range(len(parents)), key=lane_of_row.__getitem__)
-        lengths = [self._depth[slots[row]] for row in order]
-        self._make_room(max(lengths))
-        self._step = Step([lane_of_row[row] for row in order], lengths, len(self._prefix))
-        return order, slots
+    def add(self, parent: int, token: int) -> int:
+        """A new slot behind `parent`; it holds nothing until it went through the model."""
+        self._parent.append(parent)
+        self._token.append(token)
+        self._depth.append(self._depth[parent] + 1)
+        self._lane_of.append(NONE)
+        return len(self._parent) - 1
 
-    def depth(self, slot: int) -> int:
-        """Tokens after the prompt."""
-        return self._depth[slot]
+    def missing(self, slot: int) -> list[int]:
+        """Slots on the path to `slot` whose keys and values were given up, in order of depth."""
+        lost = []
+        while slot and not self._held(slot) and slot not in self._archive:
+            lost.append(slot)
+            slot = self._parent[slot]
+        return lost[::-1]
+
+    def begin(self, slots: Sequence[int], reserved: Sequence[int] = ()) -> tuple[list[int], list[int], list[int]]:
+        """Give each slot a lane for the next forward call; parents are held. Lanes that hold a slot of `reserved` stay.
+
+        Returns what enters the model, in this order: slots, tokens, positions.
+        """
+        self._clock += 1
+        lanes = self._assign(
+            [self._parent[slot] for slot in slots], {self._lane_of[s] for s in reserved if self._held(s)}
+        )
+        for slot, lane in zip(slots, lanes, strict=True):
+            self._path[lane].append(slot)
+            self._lane_of[slot] = lane
+            self._used_at[lane] = self._clock
+        ordered = sorted(slots, key=self._lane_of.__getitem__)
+        lengths = [self._depth[slot] for slot in ordered]
+        self._make_room(max(lengths))
+        self._step = Step([self._lane_of[slot] for slot in ordered], lengths, len(self._prefix))
+        positions = [len(self._prefix) + length - 1 for length in lengths]
+        return ordered, [self._token[slot] for slot in ordered], positions
 
     def bytes(self) -> int:
-        """Bytes of all keys and values, prefix and unused capacity included."""
-        tensors = [*self._prefix.keys, *self._prefix.values, *self._keys, *self._values]
-        return sum(t.nbytes for t in [*tensors, *self._archive_keys, *self._archive_values])
+        """Bytes of all keys and values, unused capacity included."""
+        prefix = sum(t.nbytes for t in (*self._prefix.keys, *self._prefix.values))
+        return prefix + sum(t.nbytes for t in self._columns) + self._archive.nbytes
+
+    def held_tokens(self) -> int:
+        """Token positions in use after the prompt: in lanes and in the archive."""
+        return sum(map(len, self._path)) + len(self._archive)
 
     # -- lanes -----------------------------------------------------------------------------------------------------
 
-    def _assign(self, parents: Sequence[int]) -> list[int]:
+    def _held(self, slot: int) -> bool:
+        """Whether a lane holds the slot, and with it all its ancestors."""
+        lane, depth = self._lane_of[slot], self._depth[slot]
+        return lane != NONE and depth <= len(self._path[lane]) and self._path[lane][depth - 1] == slot
+
+    def _assign(self, parents: Sequence[int], reserved: set[int]) -> list[int]:
         """A lane for each row that holds exactly the row's ancestors. Paths that go on keep theirs."""
         assigned = [NONE] * len(parents)
         taken: set[int] = set()
@@ -242,34 +276,31 @@ class TreeCache(Cache):
             if lane != NONE and lane not in taken and self._path[lane][-1:] == [parent]:
                 assigned[row] = lane
                 taken.add(lane)
-        for row, parent in enumerate(parents):
-            if assigned[row] == NONE:
-                lane = self._open_lane(parent, taken)
-                assigned[row] = lane
-                taken.add(lane)
+        opened = [row for row, lane in enumerate(assigned) if lane == NONE]
+        contents = [self._read(parents[row]) for row in opened]  # all of them, before a lane is given away
+        for row, content in zip(opened, contents, strict=True):
+            free = [lane for lane in range(self._lanes) if lane not in taken | reserved]
+            lane = min(free, key=lambda lane: (len(self._path[lane]) > 0, self._used_at[lane]))  # empty or oldest
+            self._fill(lane, self._ancestors(parents[row]), content)
+            assigned[row] = lane
+            taken.add(lane)
         return assigned
 
-    def _open_lane(self, parent: int, taken: set[int]) -> int:
-        """A free lane, filled with the path to `parent`."""
-        depth, source = self._depth[parent], self._lane_of[parent]
-        held = source != NONE and depth <= len(self._path[source]) and self._path[source][depth - 1] == parent
-        if held and depth and source not in taken:
-            self._save(source)
-            del self._path[source][depth:]
-            return source
-        free = [lane for lane in range(self._lanes) if lane not in taken]
-        lane = min(free, key=lambda lane: (len(self._path[lane]) > 0, self._used_at[lane]))  # empty, else least recent
-        self._save(lane)
-        path = self._ancestors(parent)
-        if held and depth:
-            for column in (*self._keys, *self._values):
-                column[lane, :, :depth] = column[source, :, :depth]
-        elif depth:
-            self._load(lane, path)
+    def _read(self, slot: int) -> list[torch.Tensor]:
+        """Keys and values of the path to `slot`, [heads, depth, dim] each, from a lane or from the archive."""
+        depth = self._depth[slot]
+        if depth and not self._held(slot):
+            return self._archive.read(self._ancestors(slot))
+        return [column[self._lane_of[slot], :, :depth].clone() for column in self._columns]
+
+    def _fill(self, lane: int, path: list[int], content: list[torch.Tensor]) -> None:
+        self._archive.save(self._path[lane], self._columns, lane)
+        self._make_room(len(path))
+        for column, tensor in zip(self._columns, content, strict=True):
+            column[lane, :, : len(path)] = tensor
         self._path[lane] = path
         for slot in path:
             self._lane_of[slot] = lane
-        return lane
 
     def _ancestors(self, slot: int) -> list[int]:
         path = []
@@ -278,51 +309,10 @@ class TreeCache(Cache):
             slot = self._parent[slot]
         return path[::-1]
 
-    def _save(self, lane: int) -> None:
-        """Copy what only this lane holds into the archive."""
-        new = [(position, slot) for position, slot in enumerate(self._path[lane]) if not self._archived[slot]]
-        if not new:
-            return
-        first, slots = new[0][0], [slot for _, slot in new]
-        self._grow_archive()
-        for lanes, archive in zip(
-            (*self._keys, *self._values), (*self._archive_keys, *self._archive_values), strict=True
-        ):
-            index = torch.tensor(slots, device=archive.device)
-            archive[index] = lanes[lane, :, first : first + len(slots)].transpose(0, 1)
-        for slot in slots:
-            self._archived[slot] = True
-
-    def _load(self, lane: int, path: list[int]) -> None:
-        """Gather an archived path into a lane."""
-        self._make_room(len(path))
-        for lanes, archive in zip(
-            (*self._keys, *self._values), (*self._archive_keys, *self._archive_values), strict=True
-        ):
-            index = torch.tensor(path, device=archive.device)
-            lanes[lane, :, : len(path)] = archive[index].transpose(0, 1)
-
-    # -- capacity --------------------------------------------------------------------------------------------------
-
     def _make_room(self, length: int) -> None:
-        held = self._keys[0].shape[2]
+        held = self._columns[0].shape[2]
         if length > held:
             wanted = min(max(2 * held, length), self._max_length)
-            for columns in (self._keys, self._values):
-                for layer, old in enumerate(columns):
-                    columns[layer] = self._new_lanes(old[0], wanted)
-                    columns[layer][:, :, :held] = old
-
-    def _grow_archive(self) -> None:
-        held = self._archive_keys[0].shape[0] if self._archive_keys else 0
-        if len(self._parent) > held:
-            slots = max(2 * held, len(self._parent), FIRST_ARCHIVE_SLOTS)
-            self._archive_keys = self._grown(self._archive_keys, self._prefix.keys, held, slots)
-            self._archive_values = self._grown(self._archive_values, self._prefix.values, held, slots)
-
-    @staticmethod
-    def _grown(old: list[torch.Tensor], like: list[torch.Tensor], held: int, slots: int) -> list[torch.Tensor]:
-        new = [tensor.new_zeros(slots, tensor.shape[0], tensor.shape[2]) for tensor in like]
-        for column, before in zip(new, old, strict=False):
-            column[:held] = before
-        return new
+            for index, old in enumerate(self._columns):
+                self._columns[index] = self._new_lanes(old[0], wanted)
+                self._columns[index][:, :, :held] = old

@@ -73,7 +73,6 @@ class Search:
         self._stop_tail = max((len(lm.encode(s)) for s in decoding.stop), default=0) + 8
         self.tree.slot[ROOT] = PROMPT_SLOT
         self.tree.earned[ROOT], self.tree.upper[ROOT] = reward.earned(self._states)[0], reward.upper(self._states)[0]
-        self.usage.unique_tokens = self.usage.prompt_tokens
 
     # -- the model -------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class MCTS:
             object.__setattr__(self, "name", "uct")
 
     def batch_size(self) -> int:
-        """As `MaxEnt`: a quarter of the rollouts, but at least 4. Paths chosen together learn nothing from each other."""
+        """As `MaxEnt`: a quarter of the rollouts, so that later paths learn from earlier ones, but at least 4."""
         return min(16, max(4, self.rollouts // 4), self.rollouts)
 
     def budget(self) -> Budget:

@@ -70,7 +70,7 @@ def log_target(case, reward, scale):
 
 @pytest.fixture(scope="module")
 def short_lm():
-    """A random Llama that often ends early: its EOS row is scaled up."""
+    """A random Llama over few bytes that often ends early."""
     from families import ByteTokenizer, random_model
 
     from dts.models.huggingface import HFModel
@@ -78,7 +78,7 @@ def short_lm():
     model = random_model("llama", seed=4)
     with torch.no_grad():
         head = model.get_output_embeddings().weight
-        head[0] = head[5] + head[9]
+        head[0] = head[100:105].sum(0)
     return HFModel(model, ByteTokenizer(), name="short")
 
 
@@ -185,6 +185,22 @@ def test_z_is_unbiased(kind):
     error = np.std(estimates) / math.sqrt(len(estimates))
     assert error < 0.05 * z
     assert abs(np.mean(estimates) - z) < 3.5 * error
+
+
+@pytest.mark.parametrize("entropic", [False, True])
+def test_z_is_unbiased_where_a_gain_announces_another(entropic):
+    """Token 1 first (p = 1/4) gains 1/2 at once and 1/2 with the next token: who is resampled decides the estimate."""
+    lm, reward, scale = TableModel(lambda prefix: np.zeros(4), 4), PairReward(4, 4, 0), 8.0
+    reward.table[:] = 0.0
+    reward.table[0, :, 1] = reward.table[1, 1, :] = 0.5
+    z = (math.exp(scale) + 3) / 4
+    estimates = []
+    for seed in range(600):
+        method = Watched(ParticleFilter(8, reward_scale=scale, ess_threshold=1.0, entropic=entropic))
+        dts.decode(lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=seed)
+        estimates.append(sum(math.exp(w) for w in method.search.log_weights.values()))
+    error = np.std(estimates) / math.sqrt(len(estimates))
+    assert error < 0.05 * z and abs(np.mean(estimates) - z) < 3.5 * error
 
 
 def test_text_rewards_at_segments_are_unbiased_too():

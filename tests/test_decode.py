@@ -110,7 +110,7 @@ def test_rollouts_are_recorded_as_they_happen(method, tiny_lm):
     best = -math.inf
     for rollout in result.rollouts:
         best = max(best, rollout.reward)
-        assert rollout.best_so_far == best and 0 <= rollout.start_depth < rollout.length
+        assert rollout.best_so_far == best and 0 <= rollout.start_depth <= rollout.length
     assert result.best.reward == best or isinstance(method, SelfConsistency)
 
 

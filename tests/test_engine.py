@@ -123,3 +123,48 @@ def test_bfloat16_stays_close_to_float32():
     direct = torch.cat([full_logits(coarse, sequence) for sequence in ids.values()]).float()
     # As far from float32 as the plain bfloat16 model is, not further.
     assert (errors[1] - errors[0]).abs().mean() < 1.5 * (direct - errors[0]).abs().mean()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+def test_a_memory_bound_changes_no_number_and_recomputation_is_counted(rows, tiny_lm):
+    token = sum(t.shape[0] * t.shape[2] * t.element_size() for t in _columns(tiny_lm))
+    bound = token * (len(PROMPT) + 4 * 39 + rows)
+    session = tiny_lm.open(PROMPT, batch_size=4, max_new_tokens=40, max_kv_bytes=bound)
+    ids = grow(session, seed=1)
+    direct = torch.cat([full_logits(tiny_lm, sequence) for sequence in ids.values()])
+    assert (session.logits(list(ids)) - direct).abs().max() < 1e-4
+    assert session.cache.bytes() <= bound
+    usage = session.usage
+    assert usage.recomputed_tokens > 0
+    assert usage.forwarded_tokens == len(PROMPT) + len(ids) - 1 + usage.recomputed_tokens
+
+
+def _columns(lm):
+    prefix = lm.prefix(PROMPT)
+    return [*prefix.keys, *prefix.values]
+
+
+def test_a_bound_below_what_active_paths_need_is_refused(tiny_lm):
+    with pytest.raises(UsageError, match="max_kv_bytes=1000 is too small"):
+        tiny_lm.open(PROMPT, batch_size=4, max_new_tokens=40, max_kv_bytes=1000)
+
+
+def test_a_kept_prompt_is_prefilled_once(tiny_lm):
+    kept = tiny_lm.prefix(PROMPT)
+    first, second = (tiny_lm.open(PROMPT, batch_size=2, max_new_tokens=5) for _ in range(2))
+    other = tiny_lm.open([*PROMPT, 9], batch_size=2, max_new_tokens=5)
+    assert first.usage.cached_tokens == second.usage.cached_tokens == len(PROMPT)
+    assert first.usage.forwarded_tokens == 0 and other.usage.cached_tokens == 0
+    slots = [first.extend([PROMPT_SLOT], [30])[0], second.extend([PROMPT_SLOT], [31])[0]]
+    logits = torch.cat([first.logits(slots[:1]), second.logits(slots[1:])])
+    direct = torch.cat([full_logits(tiny_lm, [*PROMPT, token]) for token in (30, 31)])
+    assert (logits - direct).abs().max() < 1e-4
+    del kept, first, second
+    assert tiny_lm.open(PROMPT, batch_size=2, max_new_tokens=5).usage.cached_tokens == 0
+
+
+def test_slots_in_use_stay_near_the_live_tree(tiny_lm):
+    session = tiny_lm.open(PROMPT, batch_size=4, max_new_tokens=40)
+    ids = grow(session, seed=3, steps=200)
+    # Lanes may hold a second copy of an archived path: four of at most 39 tokens.
+    assert len(ids) - 1 <= session.cache.held_tokens() <= len(ids) - 1 + 4 * 39
