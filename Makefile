@@ -8,10 +8,10 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constrain
 DEPENDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint fetch clean
+.PHONY: help run test lint bench bench-check fetch clean
 
 help:  ## show these lines
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
 
 run: $(VENV)/.installed  ## install, fetch the model and the data, run the main job (ARGS="--dataset M4" adds options)
 	$(RUN) -m dts fetch
@@ -26,6 +26,12 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
 	$(RUN) -m mypy
+
+bench: $(VENV)/.installed-dev  ## pytest-benchmark speed checks, tiny models
+	OMP_NUM_THREADS=1 $(RUN) -m pytest benchmarks -q --benchmark-json=benchmarks/latest.json $(ARGS)
+
+bench-check: bench  ## bench, then fail where a ratio is worse than benchmarks/baseline.json allows
+	$(RUN) benchmarks/check.py
 
 fetch: $(VENV)/.installed  ## only fetch the embedded model and the offline data into the cache
 	$(RUN) -m dts fetch

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dts.decoding import decode
     from dts.errors import DTSError, RewardError, UnavailableError, UsageError
+    from dts.generation import generate
     from dts.models.huggingface import load
     from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
     from dts.settings import Budget
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "dts.models.huggingface",
     "decode": "dts.decoding",
+    "generate": "dts.generation",
     "Budget": "dts.settings",
     **dict.fromkeys(["DTSError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
     **dict.fromkeys(
@@ -48,6 +50,7 @@ __all__ = [
     "clip",
     "decode",
     "gate",
+    "generate",
     "load",
     "minimum",
     "weighted_sum",

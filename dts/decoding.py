@@ -29,6 +29,7 @@ def decode(
     top_k: int | None = None,
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
+    logits_processor: Callable[..., Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
     budget: Budget | None = None,
@@ -38,6 +39,7 @@ def decode(
 
     lm: from `dts.load`. prompt: text, chat messages or token ids. reward: a `dts.Reward` or a function of the decoded
     completion; None gives every completion 0. method: from `dts.search`. budget: limits on top of the method's own.
+    logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessorList; part of p.
     max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
     comes back to them.
     on_rollout: called with each rollout as it finishes.
@@ -47,7 +49,9 @@ def decode(
     from dts.search import Search, run  # the one place where this layer looks up
 
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    settings = Decoding(max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings, seed, batch_size)
+    settings = Decoding(
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings, seed, batch_size, logits_processor
+    )
     prompt_ids = lm.encode(prompt)
     check_prompt(lm, prompt_ids, max_new_tokens)
     scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")

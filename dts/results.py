@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dts.softvalue import SoftValues
-from dts.tree import Tree
+from dts.softvalue import SoftValues, logsumexp
+from dts.tree import ROOT, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,26 @@ class Result:
     tree: Tree
     values: SoftValues | None  # soft values on the tree, where the method estimates them
     method: str
-    partial: bool = False  # the search was interrupted, by the user or by an error
+    log_weights: dict[int, float] | None = None  # of weighted samples: log weight by leaf, not normalised
+    partial: bool = False  # the budget ended the search with paths still under way
     _sampler: Callable[[int, int], list[Completion]] | None = field(default=None, repr=False)
 
     @property
     def best(self) -> Completion:
-        """The completion with the highest reward; the earliest of several."""
+        """The first completion: the highest reward (the earliest of several), or what the method ranks first."""
         if not self.completions:
             raise RuntimeError("no rollout finished: raise the budget, or look at result.usage")
         return self.completions[0]
+
+    @property
+    def log_z(self) -> float:
+        """log of the estimate of Z = E_p exp(lambda r), for methods that make one. Particle filters estimate Z without
+        bias; log Z is biased downwards (Jensen)."""
+        if self.log_weights is not None:
+            return logsumexp(list(self.log_weights.values()))
+        if self.values is None:
+            raise RuntimeError(f"{self.method} estimates no Z; use MaxEnt or ParticleFilter")
+        return self.values.log_value[ROOT]
 
     def sample(self, k: int, seed: int = 0) -> list[Completion]:
         """k draws from the tree's estimate of pi*; unexplored parts are continued with the model, and counted."""

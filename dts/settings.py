@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ class Decoding:
     stop: tuple[str, ...] = ()
     seed: int = 0
     batch_size: int | None = None  # paths decoded together; None: the method's own choice
+    # (ids so far [1, T], logits [1, V]) -> logits, as in `transformers`; applied before everything else
+    logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number >= 1")

@@ -65,7 +65,7 @@ class Search:
         # Set by methods that do not rank completions by reward alone: sort keys of leaves, best highest.
         self.rank: Callable[[Sequence[int]], Sequence[tuple[float, ...]]] | None = None
         self.rollouts: list[Rollout] = []
-        self._decode = context.decode
+        self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
         self._states: list[State] = [reward.start(context)]  # reward state by node
         self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
@@ -94,11 +94,19 @@ class Search:
         missing = [n for n in dict.fromkeys(nodes) if n not in self._rows]
         if missing:
             logits = self.session.logits([self.tree.slot[n] for n in missing])
+            if self.decoding.logits_processor is not None:
+                logits = self._processed(missing, logits)
             rows = self.decoding.probabilities(logits, self._too_early(missing, logits))
             self._rows.update(zip(missing, rows, strict=True))
             if len(missing) == len(nodes):
                 return rows
         return torch.stack([self._rows[n] for n in nodes])
+
+    def _processed(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        process = self.decoding.logits_processor
+        assert process is not None
+        prefixes = [torch.tensor([[*self._prompt_ids, *self.tree.tokens(n)]], device=logits.device) for n in nodes]
+        return torch.cat([process(ids, row[None].clone()) for ids, row in zip(prefixes, logits, strict=True)])
 
     def _too_early(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor | None:
         early = [self.tree.depth[n] < self.decoding.min_new_tokens for n in nodes]
@@ -130,13 +138,15 @@ class Search:
             tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
         pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
         log_p = p.gather(-1, tokens)[:, 0].log().tolist()
+        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
         first_row = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
         new = {}  # (node, token): log p and the mass that stays outside the children
         drawn: dict[int, list[int]] = {}
         for (node, token), row in sorted(first_row.items(), key=lambda item: item[1]):
             drawn.setdefault(node, []).append(token)
-            left = mass[row].index_fill(0, torch.tensor(drawn[node], device=mass.device), 0.0).sum()
-            new[node, token] = log_p[row], min(float(left.log()), 0.0)
+            if len(drawn[node]) > 1:
+                rest[row] = float(mass[row].index_fill(0, torch.tensor(drawn[node], device=mass.device), 0).sum().log())
+            new[node, token] = log_p[row], min(rest[row], 0.0)
         child_of = dict(zip(new, self._add(new), strict=True))
         return [child_of[pair] for pair in pairs]
 
@@ -266,13 +276,16 @@ class Search:
         if self.values is not None or self.log_weights is not None:
             draw = draw_completions if self.values is not None else draw_weighted
             sampler = functools.partial(draw, self)
-        return Result(completions, self.rollouts, self.usage, self.tree, self.values, method.name, partial, sampler)
+        return Result(
+            completions, self.rollouts, self.usage, self.tree, self.values, method.name, self.log_weights, partial,
+            sampler,
+        )  # fmt: skip
 
 
 def run(search: Search, method: Method) -> Result:
     """Alternate between the method's plan and the model until the plan ends or the budget is used up."""
     for nodes in method.plan(search):
         if search.exhausted(next_tokens=len(nodes)):
-            break
+            return search.result(method, partial=True)
         search.evaluate(nodes)
     return search.result(method, partial=False)

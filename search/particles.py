@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ParticleFilter:
-    """n particles, resampled as they grow; `search.log_weights` holds the weighted samples.
+    """n particles, resampled as they grow; `result.log_weights` holds the weighted samples.
 
     n: particles. reward_scale: lambda >= 0. ess_threshold: resample when the effective share of the particles under
     way falls below this. entropic: resample by tempered weights (entropic annealing of arXiv 2510.05825, with the

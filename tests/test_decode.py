@@ -159,6 +159,7 @@ def test_budgets_are_never_exceeded():
                 problem.lm, PROMPT, reward=problem.reward, method=method, max_new_tokens=5, budget=budget
             )
             assert budget.tokens is None or result.usage.forwarded_tokens <= budget.tokens
+            assert result.partial == (len(result.rollouts) < min(100, budget.rollouts or 100))
             assert budget.rollouts is None or len(result.rollouts) <= budget.rollouts
 
 
