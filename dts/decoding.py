@@ -39,6 +39,7 @@ def decode(
 
     lm: from `dts.load`. prompt: text, chat messages or token ids. reward: a `dts.Reward` or a function of the decoded
     completion; None gives every completion 0. method: from `dts.search`. budget: limits on top of the method's own.
+    batch_size: paths decoded together; if not given, the method's choice as far as memory allows.
     logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessorList; part of p.
     max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
     comes back to them.
@@ -55,7 +56,7 @@ def decode(
     prompt_ids = lm.encode(prompt)
     check_prompt(lm, prompt_ids, max_new_tokens)
     scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
-    width = batch_size or method.batch_size()
+    width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
     session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
     context = Context(prompt, tuple(prompt_ids), lm.decode)
     limits = _tightest(method.budget(), budget)

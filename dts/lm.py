@@ -33,16 +33,30 @@ class Session(Protocol):
 class LanguageModel(Protocol):
     """A causal language model with its tokenizer."""
 
-    name: str
-    eos_ids: frozenset[int]
-    vocab_size: int
-    context_length: int | None  # tokens, prompt and completion together
+    @property
+    def name(self) -> str:
+        """For messages and tables."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a sequence."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the model may produce."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens, prompt and completion together; None for no limit."""
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Prompt ids: text is tokenized, chat messages go through the chat template, ids pass through."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Completion ids to text, special tokens dropped."""
+
+    def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
+        """Paths that can be extended together in the memory there is, or within the bound; at least 1."""
 
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None

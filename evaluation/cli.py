@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """The command line of the experiment runner: options in, files and a table out."""
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -118,6 +119,15 @@ class HFModel:
             hidden = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
         keys = [layer.keys[0].contiguous() for layer in cache.layers]
         return Prefix(tuple(prompt_ids), keys, [layer.values[0].contiguous() for layer in cache.layers], hidden)
+
+    def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
+        """Lanes that fit into the bound, or into half of the device's free memory."""
+        config = self._core.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * dim * self._core.dtype.itemsize
+        free = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
+        return max(1, (free - token * prompt_tokens) // (token * max_new_tokens))
 
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
@@ -254,6 +264,12 @@ class RecomputeSession:
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         return torch.stack([self._logits[slot] for slot in slots])
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 @torch.inference_mode()

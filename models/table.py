@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,9 @@ class TableModel:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"{token} " for token in token_ids if token not in self.eos_ids)
+
+    def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
+        return sys.maxsize
 
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None

@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from enumerable import PROMPT, instance, total_variation
 
 import dts
+from dts.evaluation.exact import PROMPT, instance, total_variation
 from dts.models.table import TableModel, random_logits
 from dts.search import MCTS, Beam, BestOfN, Budget, Greedy, ParticleFilter, Sampling, SelfConsistency
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from enumerable import PROMPT, instance
 
 import dts
+from dts.evaluation.exact import PROMPT, instance
 from dts.search import (
     MCTS,
     METHODS,

@@ -149,6 +149,13 @@ def test_a_bound_below_what_active_paths_need_is_refused(tiny_lm):
         tiny_lm.open(PROMPT, batch_size=4, max_new_tokens=40, max_kv_bytes=1000)
 
 
+def test_the_batch_follows_the_memory_bound(tiny_lm):
+    token = sum(t.shape[0] * t.shape[2] * t.element_size() for t in _columns(tiny_lm))
+    assert tiny_lm.batch_limit(100, 10, max_kv_bytes=token * (100 + 35)) == 3
+    assert tiny_lm.batch_limit(100, 10, max_kv_bytes=1) == 1
+    assert tiny_lm.batch_limit(10, 10, max_kv_bytes=None) > 1000
+
+
 def test_a_kept_prompt_is_prefilled_once(tiny_lm):
     kept = tiny_lm.prefix(PROMPT)
     first, second = (tiny_lm.open(PROMPT, batch_size=2, max_new_tokens=5) for _ in range(2))

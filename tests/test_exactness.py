@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
-from enumerable import PROMPT, instance, total_variation
 
 import dts
+from dts.evaluation.exact import PROMPT, instance, total_variation
 from dts.search import BestOfN, MaxEnt
 from dts.softvalue import SoftValues, logsumexp
 
@@ -26,7 +27,7 @@ def test_sampling_distribution_and_root_value_converge(scale, structured):
     distance, value_error = [], []
     for rollouts in (30, 110, 341):
         result = search(case, rollouts, scale)
-        estimate = case.distribution(result.values.log_prob)
+        estimate = case.distribution(result.values)
         assert estimate.sum() == pytest.approx(1.0, abs=1e-9)
         distance.append(total_variation(estimate, case.target(scale)))
         value_error.append(abs(result.values.value() - case.value(scale)))
@@ -38,7 +39,7 @@ def test_sampling_distribution_and_root_value_converge(scale, structured):
 def test_zero_reward_scale_gives_p_at_any_budget():
     case = instance(1)
     result = search(case, 20, 0.0)
-    assert total_variation(case.distribution(result.values.log_prob), np.exp(case.log_p)) < 1e-9
+    assert total_variation(case.distribution(result.values), np.exp(case.log_p)) < 1e-9
 
 
 def test_far_target_with_a_tenth_of_the_sequences():
@@ -50,7 +51,7 @@ def test_far_target_with_a_tenth_of_the_sequences():
             continue
         rollouts = len(case.sequences) // 10
         result = search(case, rollouts, scale)
-        ours.append(total_variation(case.distribution(result.values.log_prob), target))
+        ours.append(total_variation(case.distribution(result.values), target))
         sampled.append(total_variation(_weighted_best_of_n(case, rollouts, scale), target))
     assert len(ours) >= 3
     assert np.mean(ours) < 0.12
@@ -58,21 +59,25 @@ def test_far_target_with_a_tenth_of_the_sequences():
 
 
 def _weighted_best_of_n(case, rollouts, scale):
-    """Importance-weighted samples, given the same knowledge of p(x) and the same continuation with p."""
     result = dts.decode(
         case.lm, PROMPT, reward=case.reward, method=BestOfN(rollouts), max_new_tokens=case.horizon, seed=3
     )
-    known = {c.token_ids: c.reward for c in result.completions}
-    rest = logsumexp([scale * r.reward for r in result.rollouts]) - math.log(rollouts)
-    weights = np.array([scale * known[s] if s in known else rest for s in case.sequences]) + case.log_p
-    weights = np.exp(weights - weights.max())
-    return weights / weights.sum()
+    return case.weighted_samples(result, scale)[0]
+
+
+def test_log_prob_of_one_sequence_equals_its_place_in_the_distribution():
+    case = instance(2, vocab_size=4, horizon=3)
+    result = search(case, 10, 3.0)
+    for sequence, expected in zip(case.sequences, case.distribution(result.values), strict=True):
+        steps = [case.ranges[sequence[:i]][2] for i in range(len(sequence) + 1)]
+        log_p = [after - before for before, after in itertools.pairwise(steps)]
+        assert math.exp(result.values.log_prob(sequence, log_p)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_draws_follow_the_analytic_distribution():
     case, scale = instance(2, vocab_size=4, horizon=3), 3.0
     result = search(case, 12, scale)
-    expected = dict(zip(case.sequences, case.distribution(result.values.log_prob), strict=True))
+    expected = dict(zip(case.sequences, case.distribution(result.values), strict=True))
     draws = result.sample(4000, seed=5)
     seen = [d.token_ids for d in draws]
     counts = np.array([seen.count(s) for s in case.sequences])

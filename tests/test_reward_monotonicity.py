@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from enumerable import PROMPT, instance
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dts
+from dts.evaluation.exact import PROMPT, instance
 from dts.evaluation.metrics import independent_monotonicity, monotonicity, shuffled_monotonicity
 from dts.evaluation.rewards import Keywords, Length, Repetition
 from dts.rewards import Context, Finished
