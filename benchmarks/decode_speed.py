@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import dts
 from dts.models.huggingface import HFModel
+from dts.results import Result
 from dts.search import MaxEnt, Sampling
 
 
@@ -139,15 +140,19 @@ def growth(options: argparse.Namespace) -> None:
             if repetition:  # the first one warms up
                 taken.append(seconds / rollouts)
     ratio = statistics.median(b / a for a, b in zip(*per_rollout.values(), strict=True))
-    emit(options, "growth 1024/32", ms_per_rollout=1e3 * statistics.median(per_rollout[1024]), ratio=ratio)
+    usage = run_growth(lm, random_prompt(lm, 64, 0), 1024).usage
+    live = usage.unique_tokens - usage.prompt_tokens  # tree tokens whose keys and values exist
+    emit(options, "growth 1024/32", ms_per_rollout=1e3 * statistics.median(per_rollout[1024]), ratio=ratio,
+         slots_per_live_token=usage.kv_tokens / live, kv_bytes=usage.kv_bytes)  # fmt: skip
 
 
-def run_growth(lm: HFModel, ids: list[int], rollouts: int) -> None:
+def run_growth(lm: HFModel, ids: list[int], rollouts: int) -> Result:
     method = MaxEnt(rollouts, reward_scale=2.0)
     result = dts.decode(
         lm, ids, reward=lambda text: len(set(text)) / 10, method=method, max_new_tokens=16, batch_size=8
     )
     assert len(result.rollouts) == rollouts
+    return result
 
 
 class NoTokenizer:
@@ -181,8 +186,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.growth:
+        options.model, options.prompt, options.paths, options.tokens = "tiny random Llama", 64, 8, 16
         growth(options)
         return
+    if options.search:
+        options.prompt, options.paths, options.tokens = 512, 16, 32
     lm = dts.load(options.model)
     (search if options.search else compare)(lm, options)
 

@@ -236,6 +236,7 @@ class TreeSession:
 
     def _note_memory(self) -> None:
         self.usage.kv_bytes = max(self.usage.kv_bytes, self.cache.bytes() + self._hidden.nbytes)
+        self.usage.kv_tokens = max(self.usage.kv_tokens, self.cache.held_tokens())
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         return self._lm.head(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])

@@ -175,3 +175,14 @@ def test_slots_in_use_stay_near_the_live_tree(tiny_lm):
     ids = grow(session, seed=3, steps=200)
     # Lanes may hold a second copy of an archived path: four of at most 39 tokens.
     assert len(ids) - 1 <= session.cache.held_tokens() <= len(ids) - 1 + 4 * 39
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_branching_trees_on_a_gpu(family):
+    lm = HFModel(random_model(family).cuda(), ByteTokenizer())
+    session = lm.open(PROMPT, batch_size=4, max_new_tokens=40)
+    assert isinstance(session, TreeSession)
+    ids = grow(session, seed=1)
+    direct = torch.cat([full_logits(lm, sequence) for sequence in ids.values()])
+    assert (session.logits(list(ids)) - direct).abs().max() < 1e-3  # TF32 is off by default
