@@ -74,6 +74,8 @@ class HFModel:
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self._core = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a LoRA wrapper
         self.decoder = self._core.base_model  # the transformer without its head
+        configs = {id(module.config): module.config for module in self._core.modules() if hasattr(module, "config")}
+        self._configs = list(configs.values())  # attention modules read their implementation's name from these
         text_config = model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
         self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -165,15 +167,14 @@ class HFModel:
     @contextlib.contextmanager
     def tree_attention(self) -> Iterator[None]:
         """The model's attention reads a `TreeCache` inside this context."""
-        configs = {id(m.config): m.config for m in self._core.modules() if hasattr(m, "config")}
-        before = {key: config._attn_implementation for key, config in configs.items()}
+        before = [config._attn_implementation for config in self._configs]
         try:
-            for config in configs.values():
+            for config in self._configs:
                 config._attn_implementation = ATTENTION
             yield
         finally:
-            for key, config in configs.items():
-                config._attn_implementation = before[key]
+            for config, implementation in zip(self._configs, before, strict=True):
+                config._attn_implementation = implementation
 
     def _check_tree_cache(self) -> bool:
         """Whether this architecture gives through the tree cache the logits that it gives without any cache."""

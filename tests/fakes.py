@@ -83,7 +83,14 @@ def fake_decode(
     completions = [Completion(r.text, (r.index,), r.reward, -1.0, "eos") for r in rollouts]
     completions.sort(key=lambda c: -c.reward)
     tokens = 10 * len(rollouts)
-    usage = Usage(2, tokens, tokens, tokens, 0, len(rollouts), 0.25 * len(rollouts), 0)
+    usage = Usage(
+        prompt_tokens=2,
+        generated_tokens=tokens,
+        forwarded_tokens=tokens,
+        unique_tokens=tokens,
+        model_calls=len(rollouts),
+        seconds=0.25 * len(rollouts),
+    )
     return Result(completions, rollouts, usage, Tree(), None, method.name)
 
 
