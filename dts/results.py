@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from dts.softvalue import SoftValues, logsumexp
 from dts.tree import ROOT, Tree
@@ -91,7 +90,3 @@ class Result:
         if self._sampler is None:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
         return self._sampler(k, seed)
-
-    def records(self) -> Sequence[dict[str, Any]]:
-        """The rollouts as plain dictionaries, for JSON and data frames."""
-        return [asdict(rollout) for rollout in self.rollouts]

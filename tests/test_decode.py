@@ -254,3 +254,8 @@ def test_tree_round_trip(tiny_lm):
     assert len(exported["parent"]) == len(result.tree) and exported["parent"][0] == -1
     walked = {result.tree.tokens(leaf): result.tree.reward[leaf] for leaf in result.tree.leaves()}
     assert walked == {c.token_ids: c.reward for c in result.completions}
+    shape = result.tree.statistics()
+    inner = len(set(exported["parent"])) - 1  # distinct parents, without the root's own
+    assert (shape["nodes"], shape["leaves"]) == (len(result.tree), len(walked))
+    assert shape["depth"] == max(map(len, walked))
+    assert shape["branching"] == pytest.approx((len(result.tree) - 1) / inner)

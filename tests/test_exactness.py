@@ -86,15 +86,6 @@ def test_draws_follow_the_analytic_distribution():
     assert all(d.reward == case.reward(case.lm.decode(d.token_ids)) for d in draws[:50])
 
 
-def test_sample_leaves_the_estimate_as_it_was():
-    case = instance(2, vocab_size=4, horizon=3)
-    first, second = search(case, 8, 3.0), search(case, 8, 3.0)
-    first.sample(200, seed=1)
-    again = [c.token_ids for c in first.sample(50, seed=2)]
-    assert len({c.token_ids for c in second.sample(50, seed=2)} & set(again)) > 0
-    assert first.usage.forwarded_tokens == first.usage.unique_tokens
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_whole_space_is_finished_once_each(batch_size):
     case = instance(4, vocab_size=4, horizon=4)
