@@ -8,7 +8,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constrain
 DEPENDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench bench-check fetch clean
+.PHONY: help run test lint bench bench-check docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -33,6 +33,9 @@ bench: $(VENV)/.installed-dev  ## pytest-benchmark speed checks, tiny models
 bench-check: bench  ## bench, then fail where a ratio is worse than benchmarks/baseline.json allows
 	$(RUN) benchmarks/check.py
 
+docs: $(VENV)/.installed-docs  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 fetch: $(VENV)/.installed  ## only fetch the embedded model and the offline data into the cache
 	$(RUN) -m dts fetch
 
@@ -50,4 +53,8 @@ $(VENV)/.installed: $(DEPENDS) | $(RUN)
 $(VENV)/.installed-dev: $(DEPENDS) | $(RUN)
 	@echo "installing into $(VENV) with the development tools; the first time this takes some minutes"
 	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(DEPENDS) | $(RUN)
+	$(INSTALL) '.[docs]'
 	@touch $@ $(VENV)/.installed

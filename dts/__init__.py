@@ -1,11 +1,13 @@
 """Reward-guided tree-search decoding for Hugging Face causal language models.
 
+```python
 import dts
 from dts.search import MaxEnt
 
 lm = dts.load("smollm2-135m")
 result = dts.decode(lm, "The weather today is", reward=my_function, method=MaxEnt(rollouts=32))
 result.best.text
+```
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dts.decoding import decode
-    from dts.errors import DTSError, RewardError, UnavailableError, UsageError
+    from dts.errors import DTSError, ModelError, RewardError, UnavailableError, UsageError
     from dts.generation import generate
     from dts.models.huggingface import load
     from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
     from dts.settings import Budget
+    from dts.timeout import with_timeout
 
 __version__ = "0.1.0"
 
@@ -29,11 +32,12 @@ _HOMES = {
     "decode": "dts.decoding",
     "generate": "dts.generation",
     "Budget": "dts.settings",
-    **dict.fromkeys(["DTSError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
+    **dict.fromkeys(["DTSError", "ModelError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
     **dict.fromkeys(
         ["CheckMonotone", "Context", "Finished", "Reward", "as_reward", "clip", "gate", "minimum", "weighted_sum"],
         "dts.rewards",
     ),
+    "with_timeout": "dts.timeout",
 }
 
 __all__ = [
@@ -42,6 +46,7 @@ __all__ = [
     "Context",
     "DTSError",
     "Finished",
+    "ModelError",
     "Reward",
     "RewardError",
     "UnavailableError",
@@ -54,6 +59,7 @@ __all__ = [
     "load",
     "minimum",
     "weighted_sum",
+    "with_timeout",
 ]
 
 

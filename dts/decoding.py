@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dts.errors import UsageError
+from dts.errors import DTSError, UnavailableError, UsageError
 from dts.lm import LanguageModel
+from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import Context, Finished, Prompt, Reward, TerminalReward, as_reward
 from dts.settings import Budget, Decoding
@@ -45,7 +46,8 @@ def decode(
     comes back to them.
     on_rollout: called with each rollout as it finishes.
 
-    Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails.
+    Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails,
+    `ModelError` for logits that are no distribution, `UnavailableError` when memory runs out for a single path.
     """
     from dts.search import Search, run  # the one place where this layer looks up
 
@@ -57,10 +59,17 @@ def decode(
     check_prompt(lm, prompt_ids, max_new_tokens)
     scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
     width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
-    session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
     context = Context(prompt, tuple(prompt_ids), lm.decode)
     limits = _tightest(method.budget(), budget)
-    return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
+    try:
+        session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
+        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
+    except (RuntimeError, MemoryError) as error:  # where halving the batch does not help: the prompt, the logits
+        if isinstance(error, DTSError) or not is_out_of_memory(error):
+            raise
+        raise UnavailableError(
+            f"out of memory with a prompt of {len(prompt_ids)} tokens and {width} paths ({first_line(error)}); {REMEDY}"
+        ) from error
 
 
 def check_prompt(lm: LanguageModel, prompt_ids: Sequence[int], max_new_tokens: int) -> None:

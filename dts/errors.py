@@ -13,5 +13,9 @@ class UnavailableError(DTSError, RuntimeError):
     """Something outside is missing: a model, a data file, a network."""
 
 
+class ModelError(DTSError, RuntimeError):
+    """A model gave logits that are no distribution: NaN, an infinity, or minus infinity for every token."""
+
+
 class RewardError(DTSError, RuntimeError):
-    """A reward raised, returned the wrong number of values, or returned NaN or an infinity."""
+    """A reward raised, took too long, returned the wrong number of values, or returned NaN or an infinity."""

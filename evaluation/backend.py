@@ -94,6 +94,7 @@ def _without_weights(spec: Any) -> Any:
         return None
 
     def read(**options: Any) -> tuple[Any, Any]:
+        options["trust_remote_code"] = False  # without an answer, transformers would ask at the terminal
         return AutoConfig.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **options)
 
     try:
@@ -104,7 +105,7 @@ def _without_weights(spec: Any) -> Any:
                 raise
             config, tokenizer = read()  # small files; the weights come with the load
         with torch.device("meta"):
-            return HFModel(AutoModelForCausalLM.from_config(config), tokenizer, spec.name)
-    except (OSError, ValueError) as error:
+            return HFModel(AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer, spec.name)
+    except Exception as error:  # a file from elsewhere fails in as many ways as there are libraries that read it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnavailableError(f"model {spec.name!r} cannot be read from {source}: {reason}") from error

@@ -83,6 +83,7 @@ def _add_how(group: Any, defaults: dict[str, Any]) -> None:
     add("--top-k", type=int, metavar="N", help="keep the k likeliest tokens in p")
     add("--top-p", type=float, metavar="X", help="keep the likeliest tokens that hold this share of p")
     add("--rollout-batch", type=int, metavar="N", help="paths decoded together; if not given, as memory allows")
+    add("--reward-timeout", type=float, metavar="SECONDS", help="stop where a reward takes longer for a completion")
     add("--max-kv-bytes", metavar="SIZE", help="bound on the keys and values of a search, such as 2GiB")
     add("--device", help="cpu, cuda, mps, ...; the best one at hand if not given")
     add("--device-map", metavar="MAP", help="auto: spread each model over the devices there are")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None, backend: Backend | None = None) -> i
         return _run(options, backend, quiet="quiet" in options)
     except (UsageError, UnavailableError) as error:
         return _fail(error, BAD_INPUT)
-    except DTSError as error:
+    except (DTSError, OSError) as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -159,6 +160,7 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
     given, resumed = settings(options), Path(options["resume"]) if "resume" in options else None
     config = stored_config(resumed, given) if resumed else ExperimentConfig(**given)
     here = replace(config, **{name: given[name] for name in FREE if name in given})
+    config = replace(config, reward_timeout=here.reward_timeout)
     mode = choose_mode(here.wandb_mode) if here.tracker == "wandb" else "disabled"
     make_tracker(mode, Path(), config.name, here.tracker)  # raises, before there is a folder, if it lacks a package
     if "workers" in given and here.engine == "local":
@@ -184,7 +186,7 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
         return INTERRUPTED
     except UsageError:
         raise
-    except DTSError as error:
+    except (DTSError, OSError) as error:
         print(f"finished rollouts are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
         return _fail(error, FAILED)
     _show(folder.path, mode, quiet)

@@ -42,6 +42,7 @@ class ExperimentConfig:
     top_k: int | None = None
     top_p: float | None = None
     rollout_batch: int | None = None  # paths decoded together; None leaves it to the search
+    reward_timeout: float | None = None  # seconds for each completion; None: no limit
     max_kv_bytes: int | None = None  # bound on keys and values of one search; also given as text, "2GiB"
     device: str | None = None
     device_map: str | None = None  # "auto" spreads a model over the devices there are
@@ -75,6 +76,7 @@ class ExperimentConfig:
             self._require(name, _are_seeds, "an integer from 0 to 4294967295")
         self._require("save_trees", lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         self._require("reward_scale", lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
+        self._require("reward_timeout", lambda v: _is_finite(v) and v > 0, "a finite number of seconds > 0")
         self._require("temperature", lambda v: _is_finite(v) and v > 0, "a finite number > 0")
         self._require("top_p", lambda v: _is_finite(v) and 0 < v <= 1, "a number > 0 and <= 1")
         self._require("tracker", lambda v: v in TRACKERS, f"one of {', '.join(TRACKERS)}")
@@ -129,8 +131,8 @@ def named(values: Mapping[Any, Any]) -> dict[str, Any]:
             raise UsageError(f"key {key!r} sets {name} a second time; give it once")
         if name in _LISTS:
             value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        elif isinstance(value, list | dict):
-            raise UsageError(f"key {key!r} holds {value!r}; give one value")
+        if any(isinstance(item, list | dict | set) for item in (value if isinstance(value, tuple) else (value,))):
+            raise UsageError(f"key {key!r} holds {values[key]!r}; give one value")
         settings[name] = value
     return {name: value for name, value in settings.items() if value not in (None, (None,))}
 

@@ -137,6 +137,7 @@ def instance(seed: int, *, vocab_size: int = 6, horizon: int = 5, structured: bo
 
 
 def total_variation(a: np.ndarray, b: np.ndarray) -> float:
+    """Half the L1 distance of two distributions over the same sequences."""
     return float(np.abs(a - b).sum()) / 2
 
 

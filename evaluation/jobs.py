@@ -14,6 +14,7 @@ from dts.evaluation.plan import Job, Plan
 from dts.evaluation.report import tree_record
 from dts.evaluation.results import Record
 from dts.results import Result, Rollout
+from dts.timeout import with_timeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ def run_job(
     example = task.examples[job.sample]
     head = {**job._asdict(), "id": example.id}
     reward = task.reward(example)
+    if config.reward_timeout is not None:
+        reward = with_timeout(reward, config.reward_timeout)
     rollouts: list[Record] = []
 
     def take(rollout: Rollout) -> None:

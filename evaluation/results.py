@@ -79,8 +79,8 @@ class RunFolder:
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line to `name`.jsonl in one write: a process that is killed leaves all of it or none."""
         path = self.path / f"{name}.jsonl"
-        line = (to_json(record) + "\n").encode()
-        with _reported(path):
+        line = _encoded(to_json(record) + "\n")
+        with reported(path):
             if name not in self._streams:
                 self._streams[name] = path.open("ab", buffering=0)
                 _sync(self.path)
@@ -90,7 +90,7 @@ class RunFolder:
     def sync(self, name: str) -> None:
         """Waits until the disk has every line of `name`.jsonl."""
         if name in self._streams:
-            with _reported(self.path / f"{name}.jsonl"):
+            with reported(self.path / f"{name}.jsonl"):
                 os.fsync(self._streams[name].fileno())
 
     def records(self, name: str) -> list[Record]:
@@ -102,7 +102,7 @@ class RunFolder:
         """Replaces `name`.jsonl by these records, also where its last line was cut off."""
         path = self.path / f"{name}.jsonl"
         text = "".join(to_json(record) + "\n" for record in records)
-        if path.exists() and path.read_bytes() != text.encode():
+        if path.exists() and path.read_bytes() != _encoded(text):
             write_text(path, text)
 
     def close(self) -> None:
@@ -150,14 +150,24 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """Replaces a file as a whole: a reader sees the old text or the new one, also after a power failure."""
     partial = path.with_name(path.name + ".tmp")
-    with _reported(path):
-        with partial.open("wb") as stream:
-            stream.write(text.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+    with reported(path):
+        try:
+            with partial.open("wb") as stream:
+                stream.write(_encoded(text))
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         _sync(path.parent)
     return path
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair, which has no UTF-8, becomes the escape that JSON has for it."""
+    return text.encode(errors="backslashreplace")
 
 
 def _sync(folder: Path) -> None:
@@ -171,7 +181,8 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
+    """A disk that takes nothing more becomes `UnavailableError` with the way out."""
     try:
         yield
     except OSError as error:

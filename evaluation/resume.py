@@ -17,7 +17,7 @@ from dts.evaluation.results import Record
 logger = logging.getLogger(__name__)
 
 # May change from one process to the next: no record depends on it.
-FREE = ("engine", "workers", "tracker", "wandb_mode")
+FREE = ("engine", "workers", "tracker", "wandb_mode", "reward_timeout")
 
 
 def stored_config(path: Path, given: Mapping[str, Any]) -> ExperimentConfig:

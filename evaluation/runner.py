@@ -22,7 +22,7 @@ from dts.evaluation.jobs import Outcome
 from dts.evaluation.plan import Job, Plan, Unit, describe
 from dts.evaluation.progress import Progress
 from dts.evaluation.report import write_report
-from dts.evaluation.results import Record, RunFolder, to_json, write_json, write_text
+from dts.evaluation.results import Record, RunFolder, reported, to_json, write_json, write_text
 from dts.evaluation.summary import report, summarise
 from dts.evaluation.tracking import NullTracker, RunTracker, Tracker, sample_keys
 
@@ -73,6 +73,10 @@ def repair(plan: Plan, folder: RunFolder) -> list[Record]:
     there = collections.Counter(map(_job_of, kept))
     for sample in samples:
         job = _job_of(sample)
+        if not all(isinstance(sample.get(key), int | float) for key in ("rollouts", "time", "best_reward")):
+            raise UsageError(
+                f"{folder.path / 'samples.jsonl'} holds a damaged record of {' '.join(map(str, job))}; delete its line"
+            )
         if there[job] != sample["rollouts"]:
             raise UsageError(
                 f"{folder.path / 'rollouts.jsonl'} holds {there[job]} of the {sample['rollouts']} rollouts of "
@@ -86,11 +90,14 @@ def repair(plan: Plan, folder: RunFolder) -> list[Record]:
 
 def _job_of(record: Record) -> Job:
     try:
-        return Job.of(record)
+        job = Job.of(record)
     except KeyError as error:
         raise UsageError(
             f"a record lacks the key {error}: {json.dumps(record)[:80]}; it is of another version"
         ) from None
+    if not all(isinstance(value, str | int) for value in job):
+        raise UsageError(f"a record names no job: {json.dumps(record)[:80]}; delete its line")
+    return job
 
 
 class Recorder:
@@ -140,7 +147,8 @@ class Recorder:
         job, sample = outcome.job, outcome.sample
         if outcome.tree is not None:
             path = tree_path(self._folder.path, job)
-            path.parent.mkdir(exist_ok=True)
+            with reported(path.parent):
+                path.parent.mkdir(exist_ok=True)
             write_text(path, to_json(outcome.tree) + "\n")
         self._folder.sync("rollouts")
         self._folder.append("samples", sample)
@@ -181,7 +189,7 @@ class Recorder:
         """Of one data set, all models so far: what can be compared."""
         self._drawn = True
         samples, rollouts = (_only(dataset, records) for records in read_sorted(self._plan, self._folder))
-        return write_charts(samples, rollouts, self._plan.colors, self._folder.path)
+        return _draw(samples, rollouts, self._plan, self._folder.path)
 
 
 def _only(dataset: str, records: Iterable[Record]) -> list[Record]:
@@ -229,11 +237,25 @@ def write_outputs(plan: Plan, folder: RunFolder, *, seconds: float, draw: bool) 
     everything = {**summary, "runs": [{**one, **_sample_keys(one, samples)} for one in by_seed]}
     write_json(folder.path.parent / f"wandb_experiments_{folder.stamp}.json", everything)
     if draw:
-        for stale in folder.path.glob("*.png"):
-            stale.unlink()
-        write_charts(samples, rollouts, plan.colors, folder.path)
+        _remove_charts(folder.path)
+        _draw(samples, rollouts, plan, folder.path)
     write_report(folder.path)
     return summary
+
+
+def _draw(samples: Sequence[Record], rollouts: Sequence[Record], plan: Plan, folder: Path) -> Mapping[str, Path]:
+    with reported(folder):
+        try:
+            return write_charts(samples, rollouts, plan.colors, folder)
+        except OSError:
+            _remove_charts(folder)  # the last one may be half a picture; all can be drawn again
+            raise
+
+
+def _remove_charts(folder: Path) -> None:
+    with reported(folder):
+        for path in folder.glob("*.png"):
+            path.unlink()
 
 
 def _sample_keys(run: Record, samples: Sequence[Record]) -> Record:

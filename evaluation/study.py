@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation.jobs import sample_seed
-from dts.evaluation.results import Record, RunFolder, write_json
+from dts.evaluation.results import Record, RunFolder, reported, write_json
 from dts.evaluation.study_report import REFERENCE, write_report
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Task
@@ -61,6 +61,12 @@ class Study:
             raise UsageError(f"--share {self.share} is not allowed; give a number above 0 and up to 1")
         if min(self.budgets) < 1:
             raise UsageError(f"--budgets {min(self.budgets)} is not allowed; give 1 or more")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise UsageError(f"--seeds {' '.join(map(str, self.seeds))} is not allowed; give 0 to 4294967295")
+        if not 0 <= self.reward_scale < math.inf or self.draws < 0:
+            raise UsageError(
+                f"--reward-scale {self.reward_scale} --draws {self.draws} is not allowed; give numbers >= 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +78,21 @@ class Cell:
     seed: int
 
 
-def run(study: Study, folder: RunFolder, *, progress: bool = False) -> None:
-    """Do what is not in the folder yet."""
-    import dts
+def load_tasks(study: Study) -> dict[str, Task]:
+    """The data sets by name. Raises `UsageError` for them and for methods that are not known."""
     from dts.search import METHODS
 
     unknown = [name for name in study.methods if name not in METHODS]
     if unknown:
         raise UsageError(f"--methods {unknown[0]} is not known; choose from {', '.join(METHODS)}")
-    tasks = {name: load_task(name, num_samples=study.prompts, data_dir=study.data_dir) for name in study.datasets}
+    return {name: load_task(name, num_samples=study.prompts, data_dir=study.data_dir) for name in study.datasets}
+
+
+def run(study: Study, folder: RunFolder, *, progress: bool = False) -> None:
+    """Do what is not in the folder yet."""
+    import dts
+
+    tasks = load_tasks(study)
     cells = [
         Cell(name, i, seed) for name, task in tasks.items() for i in range(len(task.examples)) for seed in study.seeds
     ]
@@ -189,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         study = Study(**values)
         if not report_only:
+            load_tasks(study)  # what is wrong with the command is known before there is a folder
             _open(study, output)
             folder = RunFolder(output)
             try:
@@ -207,10 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open(study: Study, output: Path) -> None:
     """Make the folder, or check that it holds the same study (other data sets and methods may join it)."""
-    output.mkdir(parents=True, exist_ok=True)
+    with reported(output):
+        output.mkdir(parents=True, exist_ok=True)
     settings, path = json.loads(json.dumps(asdict(study))), output / "study.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read(path)
         differ = [k for k in settings if settings[k] != before.get(k) and k not in ("datasets", "methods", "seeds")]
         if differ:
             shown = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in differ)
@@ -218,6 +232,15 @@ def _open(study: Study, output: Path) -> None:
         for key in ("datasets", "methods", "seeds"):
             settings[key] = list(dict.fromkeys([*before[key], *settings[key]]))
     write_json(path, settings)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _ = [list(before[key]) for key in ("datasets", "methods", "seeds")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}); restore it, or choose another --output") from error
+    return dict(before)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+
+from dts.memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
 
 FIRST_ROWS = 256
 
@@ -63,18 +68,26 @@ class Archive:
     def _take(self, wanted: int, keep: int) -> list[int]:
         """Up to `wanted` free rows; the `keep` most recently used slots stay."""
         if len(self._free) < wanted:
-            self._grow(len(self._row) + wanted)
+            try:
+                self._grow(len(self._row) + wanted)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._max_rows = self._columns[-1].shape[0]  # columns grow in order: the last one has what all have
+                log.warning("no memory to keep more idle branches: %d tokens stay, others are recomputed if a path "
+                            "comes back to them", self._max_rows)  # fmt: skip
         while len(self._free) < wanted and len(self._row) > keep:
             self._free.append(self._row.popitem(last=False)[1])
         rows, self._free = self._free[:wanted], self._free[wanted:]
         return rows
 
     def _grow(self, rows: int) -> None:
-        held = self._columns[0].shape[0]
+        held = self._columns[-1].shape[0]
         rows = max(rows, 2 * held, FIRST_ROWS)
         rows = rows if self._max_rows is None else min(rows, self._max_rows)
         if rows > held:
             for index, old in enumerate(self._columns):
-                self._columns[index] = old.new_zeros(rows, *old.shape[1:])
-                self._columns[index][:held] = old
+                grown = old.new_zeros(rows, *old.shape[1:])
+                grown[:held] = old[:held]
+                self._columns[index] = grown
             self._free += range(held, rows)

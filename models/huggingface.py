@@ -13,8 +13,9 @@ import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dts.errors import UsageError
+from dts.errors import UnavailableError, UsageError
 from dts.lm import PROMPT_SLOT
+from dts.memory import REMEDY, first_line, is_out_of_memory, release
 from dts.models.loading import load_pretrained
 from dts.models.registry import ModelSpec, resolve
 from dts.models.treecache import ATTENTION, Prefix, TreeCache
@@ -210,18 +211,44 @@ class TreeSession:
         self.cache = TreeCache(prefix, lanes, max_new_tokens - 1, max_kv_bytes)
         self._hidden = prefix.hidden.new_zeros(256, prefix.hidden.shape[-1])  # [slots, H]
         self._hidden[PROMPT_SLOT] = prefix.hidden
+        self._at_once = lanes  # rows of a forward call; fewer once memory has run out
         self._note_memory()
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        while lost := [slot for parent in parents for slot in self.cache.missing(parent)[:1]]:
-            self._forward(lost[:1], reserved=parents)
-            self.usage.recomputed_tokens += 1
-        slots = [self.cache.add(parent, token) for parent, token in zip(parents, tokens, strict=True)]
-        self._forward(slots)
+        """In one call where memory allows, otherwise in smaller and smaller ones: the numbers are the same and every
+        token is counted once, so no search can tell. Raises `UnavailableError` where even one row finds no room."""
+        left = slots = [self.cache.add(parent, token) for parent, token in zip(parents, tokens, strict=True)]
+        while left:
+            part, behind = left[: self._at_once], self.cache.parents(left)
+            while lost := [slot for parent in behind[: len(part)] for slot in self.cache.missing(parent)[:1]]:
+                self._forward(lost[:1], reserved=behind)
+                self.usage.recomputed_tokens += 1
+            if self._forward(part, reserved=behind[len(part) :]):
+                left = left[len(part) :]
         return slots
 
+    def _forward(self, slots: Sequence[int], reserved: Sequence[int]) -> bool:
+        """Send slots through the model. False where memory ran out: nothing happened, but fewer go at once now."""
+        try:
+            self._forward_all(slots, reserved)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.cache.undo(slots)
+            self._halve(len(slots), error)
+        release()  # outside the handler, whose traceback keeps the tensors of the failed call
+        return False
+
+    def _halve(self, rows: int, error: BaseException) -> None:
+        if rows == 1:
+            raise UnavailableError(f"out of memory with one path at a time ({first_line(error)}); {REMEDY}") from error
+        self._at_once = rows // 2
+        log.warning("out of memory with %d paths in one call: going on with %d (%s)", rows, self._at_once,
+                    first_line(error))  # fmt: skip
+
     @torch.inference_mode()
-    def _forward(self, slots: Sequence[int], reserved: Sequence[int] = ()) -> None:
+    def _forward_all(self, slots: Sequence[int], reserved: Sequence[int]) -> None:
         ordered, tokens, positions = self.cache.begin(slots, reserved)
         device = self._lm.device
         with self._lm.tree_attention():

@@ -144,7 +144,9 @@ def _load_adapter(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
     if (Path(spec.source) / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(spec.source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            spec.source, local_files_only=True, trust_remote_code=options["trust_remote_code"]
+        )
     return merged, tokenizer
 
 
@@ -168,9 +170,10 @@ def _check_folder(spec: ModelSpec) -> None:
     adapter = _adapter_config(spec).is_file()
     if not adapter and not (folder / "config.json").is_file():
         raise UsageError(f"model {spec.name!r}: {folder} has no config.json; give a folder made by save_pretrained")
-    if not any(folder.glob("*.safetensors")):
+    weights = "adapter_model.safetensors" if adapter else "*.safetensors"  # beside another file, peft would unpickle
+    if not any(folder.glob(weights)):
         raise UsageError(
-            f"model {spec.name!r}: {folder} has no .safetensors file, and pickled weights are not loaded; save the "
+            f"model {spec.name!r}: {folder} has no {weights} file, and pickled weights are not loaded; save the "
             "model again with save_pretrained"
         )
     if adapter:

@@ -53,7 +53,8 @@ class Step:
 
     def __init__(self, lanes: list[int], lengths: list[int], prefix_length: int) -> None:
         self.lanes, self.lengths, self.prefix_length = lanes, lengths, prefix_length
-        self.width = lanes[-1] + 1  # lanes that take part; idle ones among them are computed and dropped
+        self.first = lanes[0]
+        self.width = lanes[-1] + 1 - self.first  # lanes that take part; idle ones among them are computed and dropped
         self.span = max(lengths)  # lane positions that take part
         self.dense = self.width == len(lanes)
         self._tensors: dict[tuple[str, torch.device, int | None], Any] = {}
@@ -78,7 +79,7 @@ class Step:
     def _build_masks(self, device: torch.device, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         lengths = [0] * self.width
         for lane, held in zip(self.lanes, self.lengths, strict=True):
-            lengths[lane] = held
+            lengths[lane - self.first] = held
         length = torch.tensor(lengths, device=device)[:, None]  # [width, 1]
         lane_position = torch.arange(self.span, device=device)[None]
         lane_mask = lane_position >= length
@@ -124,10 +125,12 @@ def tree_attention(
     rows = query[0]  # [query heads, B, dim]
     if not step.dense:
         lanes, _ = step.indices(query.device)
+        lanes = lanes - step.first
         rows = query.new_zeros(query.shape[1], width, dim).index_copy_(1, lanes, rows)
     scale = dim**-0.5 if scaling is None else scaling
     rows = (rows * scale).reshape(heads, groups, width, dim)
-    lane_keys, lane_values = view.lane_keys[:width, :, :span], view.lane_values[:width, :, :span]
+    part = slice(step.first, step.first + width)
+    lane_keys, lane_values = view.lane_keys[part, :, :span], view.lane_values[part, :, :span]
 
     over_prefix = torch.matmul(rows.reshape(heads, groups * width, dim), view.prefix_keys.transpose(1, 2))
     over_lanes = torch.matmul(rows.permute(2, 0, 1, 3), lane_keys.transpose(2, 3))  # [width, heads, groups, span]
@@ -251,6 +254,17 @@ class TreeCache(Cache):
         positions = [len(self._prefix) + length - 1 for length in lengths]
         return ordered, [self._token[slot] for slot in ordered], positions
 
+    def undo(self, slots: Sequence[int]) -> None:
+        """Takes back `begin` for slots that did not get through the model; what it moved to lanes stays there."""
+        for slot in slots:
+            if self._held(slot):
+                self._path[self._lane_of[slot]].pop()
+            self._lane_of[slot] = NONE
+
+    def parents(self, slots: Sequence[int]) -> list[int]:
+        """The slots behind which these stand."""
+        return [self._parent[slot] for slot in slots]
+
     def bytes(self) -> int:
         """Bytes of all keys and values, unused capacity included."""
         prefix = sum(t.nbytes for t in (*self._prefix.keys, *self._prefix.values))
@@ -310,9 +324,8 @@ class TreeCache(Cache):
         return path[::-1]
 
     def _make_room(self, length: int) -> None:
-        held = self._columns[0].shape[2]
-        if length > held:
-            wanted = min(max(2 * held, length), self._max_length)
-            for index, old in enumerate(self._columns):
-                self._columns[index] = self._new_lanes(old[0], wanted)
+        for index, old in enumerate(self._columns):  # each by its own length: memory may have run out among them
+            held = old.shape[2]
+            if length > held:
+                self._columns[index] = self._new_lanes(old[0], min(max(2 * held, length), self._max_length))
                 self._columns[index][:, :, :held] = old

@@ -11,7 +11,6 @@ from dts.search.particles import ParticleFilter
 from dts.search.sampling import BestOfN, Greedy, Sampling
 from dts.settings import Budget
 
-# Names for the command line: number of rollouts and reward scale to a method.
 METHODS: dict[str, Callable[[int, float], Method]] = {
     "maxent": lambda rollouts, scale: MaxEnt(rollouts, reward_scale=scale),
     "maxent-star": lambda rollouts, scale: MaxEnt(rollouts, reward_scale=scale, search="best"),
@@ -27,6 +26,7 @@ METHODS: dict[str, Callable[[int, float], Method]] = {
     "self-consistency": lambda rollouts, scale: SelfConsistency(rollouts),
     "weighted-best-of-n": lambda rollouts, scale: SelfConsistency(rollouts, weighted=True),
 }
+"""Names of the command line: from number of rollouts and reward scale to a method."""
 
 __all__ = [
     "MCTS",

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dts.errors import ModelError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.results import Completion, Result, Rollout
 from dts.rewards import Context, Finished, Reward, State, checked_finish, promised
@@ -101,10 +102,23 @@ class Search:
             if self.decoding.logits_processor is not None:
                 logits = self._processed(missing, logits)
             rows = self.decoding.probabilities(logits, self._too_early(missing, logits))
+            self._require_distributions(missing, rows)
             self._rows.update(zip(missing, rows, strict=True))
             if len(missing) == len(nodes):
                 return rows
         return torch.stack([self._rows[n] for n in nodes])
+
+    def _require_distributions(self, nodes: Sequence[int], p: torch.Tensor) -> None:
+        """Softmax makes the whole row NaN where one logit is NaN or infinite, or all are minus infinity."""
+        if not p[:, 0].isnan().any():
+            return
+        node = nodes[int(p[:, 0].isnan().nonzero()[0, 0])]
+        text = self._decode([*self._prompt_ids, *self.tree.tokens(node)])
+        raise ModelError(
+            f"{self.lm.name} gave logits with NaN or infinities, or none that is allowed, at node {node} of the tree, "
+            f"{self.tree.depth[node]} tokens behind the prompt, after {text[-200:]!r}; try dtype float32, or look at "
+            "the weights and the logits processor"
+        )
 
     def _processed(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         process = self.decoding.logits_processor
@@ -285,6 +299,8 @@ class Search:
         keys = self.rank(leaves) if self.rank is not None else [(self.tree.reward[leaf],) for leaf in leaves]
         order = sorted(range(len(leaves)), key=keys.__getitem__, reverse=True)  # equal keys keep their order
         completions = [self.completion(leaves[i]) for i in order]
+        if self.values is not None:
+            self.values.settle()
         sampler = None
         if self.values is not None or self.log_weights is not None:
             draw = draw_completions if self.values is not None else draw_weighted

@@ -2,7 +2,8 @@
 
 Both grow one tree and keep the soft values of `dts.softvalue`. DTS spends each rollout where the estimated target
 pi* = p exp(lambda r) / Z has the most mass that is not finished yet, so no sequence is drawn twice and the tree's
-distribution converges to pi*. DTS* descends by an upper confidence bound and looks for the best sequence.
+distribution converges to pi*. DTS* looks for the best sequence: it descends by a sharper target and leaves out what
+cannot beat the best reward found.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class MaxEnt:
     explore: share of rollouts that follow p instead of the values (but still finish nothing twice).
     widening: a node that n paths entered may have up to n ** widening children (progressive widening, Coulom 2007), and
     one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
-    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit. None: 0.7 for DTS,
-    0.5 for DTS*.
-    bonus: DTS* only, weight of the confidence bonus in units of the reward range seen so far.
+    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
+    sharpness: DTS* only, paths are led by the soft values at sharpness * lambda.
+    bonus: DTS* only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
+    confidence bonus of this weight, in units of the reward range seen so far.
     lookahead: for monotone rewards, how many of the likeliest next tokens of a node are tried on the reward (not on the
     model), so that those that gain are drawn more often; 0 turns it off.
     """
@@ -43,9 +45,10 @@ class MaxEnt:
     rollouts: int
     reward_scale: float = 4.0
     search: str = "sample"
-    explore: float = 0.35
-    widening: float | None = None
-    bonus: float = 0.05
+    explore: float | None = None
+    widening: float = 0.7
+    sharpness: float = 8.0
+    bonus: float | None = None
     lookahead: int = 16
     name: str = field(default="maxent", init=False)
 
@@ -55,12 +58,14 @@ class MaxEnt:
             raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
         if self.search not in ("sample", "best"):
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
-        if not 0 <= self.explore <= 1:
+        if self.explore is not None and not 0 <= self.explore <= 1:
             raise UsageError(f"explore={self.explore!r} is not allowed; give a share from 0 to 1")
-        if self.widening is not None and not 0 < self.widening <= 1:
+        if not 0 < self.widening <= 1:
             raise UsageError(f"widening={self.widening!r} is not allowed; give an exponent above 0 and up to 1")
-        if not 0 <= self.bonus < math.inf:
-            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0")
+        if not 0 < self.sharpness < math.inf:
+            raise UsageError(f"sharpness={self.sharpness!r} is not allowed; give a number > 0")
+        if self.bonus is not None and not 0 <= self.bonus < math.inf:
+            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0, or None")
         if not isinstance(self.lookahead, int) or self.lookahead < 0:
             raise UsageError(f"lookahead={self.lookahead!r} is not allowed; give a whole number of tokens >= 0")
         if self.search == "best":
@@ -74,13 +79,19 @@ class MaxEnt:
     def budget(self) -> Budget:
         return Budget(rollouts=self.rollouts)
 
+    def exploring(self) -> float:
+        """`explore`, or what its default stands for."""
+        if self.explore is not None:
+            return self.explore
+        return 0.35 if self.search == "sample" else 0.1
+
     def plan(self, search: Search) -> Iterator[Sequence[int]]:
         search.values = SoftValues(search.tree, self.reward_scale)
         if self.search == "best":
-            return rollouts(search, _UpperBound(search.values, self))
-        search.partition = Partition(
-            search.tree, self.reward_scale, (1 - self.explore, self.explore), search.budget.rollouts
-        )
+            guide = SoftValues(search.tree, self.sharpness * self.reward_scale)
+            return rollouts(search, _Best(guide, search.values, self))
+        explore = self.exploring()
+        search.partition = Partition(search.tree, self.reward_scale, (1 - explore, explore), search.budget.rollouts)
         return rollouts(search, _Boltzmann(search.values, search.partition, self))
 
 
@@ -94,25 +105,19 @@ class _Boltzmann(Plain):
 
     def __init__(self, values: SoftValues, partition: Partition, settings: MaxEnt) -> None:
         self._values, self._partition, self._settings = values, partition, settings
-        self._widening = settings.widening or 0.7
 
     def arrived(self, search: Search, nodes: Sequence[int]) -> None:
         look_ahead(search, self._values, nodes, self._settings.lookahead)
 
     def select(self, walker: Walker) -> int:
-        node, values, tree = walker.node, self._values, self._values.tree
+        node, values = walker.node, self._values
         choices = _open_children(values, node)
         if node == ROOT:
-            walker.explores = walker.rng.random() < self._settings.explore
+            walker.explores = walker.rng.random() < self._settings.exploring()
             self._partition.start(walker)
         assert walker.draw is not None
-        by_p = [tree.log_p[child] for child in choices]
-        by_value = [log_p + values.log_open[child] for log_p, child in zip(by_p, choices, strict=True)]
-        if tree.log_unexplored[node] > -math.inf:
-            allowed = _may_widen(values, node, choices, self._widening)
-            choices.append(EXPAND)
-            by_p.append(tree.log_unexplored[node])
-            by_value.append(tree.log_unexplored[node] + values.log_rest[node] if allowed else -math.inf)
+        allowed = _may_widen(values, node, choices, self._settings.widening)
+        choices, by_p, by_value = _weights(values, node, choices, True, allowed)
         if not choices:
             self._partition.give_up(walker.draw)
             return BLOCKED
@@ -121,10 +126,8 @@ class _Boltzmann(Plain):
         return _enter(values, choices[index])
 
     def expand(self, search: Search, walkers: Sequence[Walker]) -> list[int]:
-        nodes = [w.node for w in walkers]
-        tilts = [self._values.tilt(node) for node in nodes]
-        factors = [{} if w.explores else tilt for w, (tilt, _) in zip(walkers, tilts, strict=True)]
-        children = search.draw(nodes, [w.rng.random() for w in walkers], factors)
+        tilts = [self._values.tilt(walker.node) for walker in walkers]
+        children = _tilted_draw(search, walkers, [tilt for tilt, _ in tilts])
         for walker, child, (tilt, log_mean) in zip(walkers, children, tilts, strict=True):
             assert walker.draw is not None
             walker.draw.chose(0.0, [tilt.get(search.tree.token[child], 0.0) - log_mean, 0.0])
@@ -136,72 +139,67 @@ class _Boltzmann(Plain):
         self._values.finish(walker.node)
 
 
-class _UpperBound(Plain):
-    """Follow the largest V + bonus; finished subtrees are closed, and so is what cannot beat the best reward found."""
+class _Best(Plain):
+    """The same descent by sharper values, among what can still beat the best reward found; or by the largest value plus
+    a confidence bonus. What cannot beat it is closed, as are finished subtrees."""
 
     distinct = True
 
-    def __init__(self, values: SoftValues, settings: MaxEnt) -> None:
-        self._values, self._settings = values, settings
-        self._widening = settings.widening or 0.5
+    def __init__(self, guide: SoftValues, values: SoftValues, settings: MaxEnt) -> None:
+        self._guide, self._values, self._settings = guide, values, settings
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
     def arrived(self, search: Search, nodes: Sequence[int]) -> None:
-        look_ahead(search, self._values, nodes, self._settings.lookahead)
+        look_ahead(search, self._guide, nodes, self._settings.lookahead)
 
     def select(self, walker: Walker) -> int:
-        node, values, tree = walker.node, self._values, self._values.tree
-        children = _open_children(values, node)
+        node, guide, settings = walker.node, self._guide, self._settings
+        children = _open_children(guide, node)
         if node == ROOT:
-            walker.explores = walker.rng.random() < self._settings.explore
-        if values.log_open[node] == -math.inf:
+            walker.explores = walker.rng.random() < settings.exploring()
+        if guide.log_open[node] == -math.inf:
             return BLOCKED
-        children = [child for child in children if tree.upper[child] > self._high]
-        best = self._by_p(walker, children) if walker.explores else self._by_bound(node, children)
-        if best == BLOCKED:
-            values.close(node)
+        children = [child for child in children if guide.tree.upper[child] > self._high]
+        promising = guide.tree.upper[node] > self._high
+        allowed = promising and _may_widen(guide, node, children, settings.widening)
+        choices, by_p, by_value = _weights(guide, node, children, promising, allowed)
+        if not choices:
+            guide.close(node)
             return PRUNED
-        return _enter(values, best)
+        if walker.explores or settings.bonus is None:
+            return _enter(guide, draw_index(choices, by_p if walker.explores else by_value, walker.rng.random()))
+        return _enter(guide, self._by_bound(node, children, allowed, settings.bonus))
 
-    def _by_p(self, walker: Walker, children: list[int]) -> int:
-        tree, node = self._values.tree, walker.node
-        choices, weights = list(children), [tree.log_p[child] for child in children]
-        if tree.upper[node] > self._high and tree.log_unexplored[node] > -math.inf:
+    def _by_bound(self, node: int, children: list[int], allowed: bool, bonus: float) -> int:
+        guide, tree = self._guide, self._guide.tree
+        weight = bonus * math.sqrt(guide.entered[node])
+        scores = [
+            self._scaled(guide.value(child)) + weight * math.exp(tree.log_p[child]) / (1 + guide.entered[child])
+            for child in children
+        ]
+        choices = list(children)
+        if allowed:
             choices.append(EXPAND)
-            weights.append(tree.log_unexplored[node])
-        return draw_index(choices, weights, walker.rng.random()) if choices else BLOCKED
-
-    def _by_bound(self, node: int, children: list[int]) -> int:
-        values, tree = self._values, self._values.tree
-        weight = self._settings.bonus * math.sqrt(values.entered[node])
-        best, best_score = BLOCKED, -math.inf
-        for child in children:
-            score = self._scaled(values.value(child))
-            score += weight * math.exp(tree.log_p[child]) / (1 + values.entered[child])
-            if score > best_score:
-                best, best_score = child, score
-        if tree.upper[node] > self._high and _may_widen(values, node, children, self._widening):
-            bonus = weight * math.exp(tree.log_unexplored[node]) / (1 + tree.n_children[node])
-            if self._scaled(values.rest(node)) + bonus > best_score:
-                best = EXPAND
-        return best
-
-    def expand(self, search: Search, walkers: Sequence[Walker]) -> list[int]:
-        nodes = [w.node for w in walkers]
-        return search.draw(nodes, [w.rng.random() for w in walkers], [self._values.tilt(node)[0] for node in nodes])
-
-    def pruned(self, walker: Walker) -> bool:
-        if self._values.tree.upper[walker.node] > self._high:
-            return False
-        self._values.close(walker.node)
-        return True
+            extra = weight * math.exp(tree.log_unexplored[node]) / (1 + tree.n_children[node])
+            scores.append(self._scaled(guide.rest(node)) + extra)
+        return choices[scores.index(max(scores))]
 
     def _scaled(self, value: float) -> float:
         return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
 
+    def expand(self, search: Search, walkers: Sequence[Walker]) -> list[int]:
+        return _tilted_draw(search, walkers, [self._guide.tilt(walker.node)[0] for walker in walkers])
+
+    def pruned(self, walker: Walker) -> bool:
+        if self._guide.tree.upper[walker.node] > self._high:
+            return False
+        self._guide.close(walker.node)
+        return True
+
     def finish(self, walker: Walker) -> None:
-        reward = self._values.tree.reward[walker.node]
+        reward = self._guide.tree.reward[walker.node]
         self._low, self._high = min(self._low, reward), max(self._high, reward)
+        self._guide.finish(walker.node)
         self._values.finish(walker.node)
 
 
@@ -218,6 +216,27 @@ def _may_widen(values: SoftValues, node: int, open_children: list[int], widening
     if tree.log_unexplored[node] == -math.inf:
         return False
     return not open_children or tree.n_children[node] < values.entered[node] ** widening
+
+
+def _weights(
+    values: SoftValues, node: int, children: list[int], rest: bool, allowed: bool
+) -> tuple[list[int], list[float], list[float]]:
+    """The choices at a node, their logs of p, and those of p exp F over what is open. With `rest`, what is no child yet
+    is a choice; unless `allowed`, only for paths that follow p."""
+    tree, choices = values.tree, list(children)
+    by_p = [tree.log_p[child] for child in children]
+    by_value = [log_p + values.log_open[child] for log_p, child in zip(by_p, children, strict=True)]
+    if rest and tree.log_unexplored[node] > -math.inf:
+        choices.append(EXPAND)
+        by_p.append(tree.log_unexplored[node])
+        by_value.append(tree.log_unexplored[node] + values.log_rest[node] if allowed else -math.inf)
+    return choices, by_p, by_value
+
+
+def _tilted_draw(search: Search, walkers: Sequence[Walker], tilts: Sequence[dict[int, float]]) -> list[int]:
+    """New children: tilted by what a look-ahead found, or from p alone for paths that follow it."""
+    factors = [{} if walker.explores else tilt for walker, tilt in zip(walkers, tilts, strict=True)]
+    return search.draw([w.node for w in walkers], [w.rng.random() for w in walkers], factors)
 
 
 def _enter(values: SoftValues, choice: int) -> int:

@@ -1,8 +1,18 @@
-"""The code that the documents show runs, and links lead somewhere."""
+"""What the documents show is true: code runs, options exist, links lead somewhere, public names are explained.
+
+Blocks marked `python` are run, those of one page after each other as one program. A block that cannot be run has a
+comment `<!-- not run: reason -->` above it. Examples of the gallery run with the real model, others with a random one.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import math
 import re
+import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,16 +21,83 @@ import dts
 import dts.search
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS]
+BLOCK = re.compile(r"^(?P<mark><!-- not run: .+ -->\n)?```(?:python|py)\n(?P<code>.*?)^```", flags=re.S | re.M)
+MOST_UNRUN = 3
+
+# Pages with a test of their own, here or elsewhere, which says more than that their code runs.
+OWN_TEST = {
+    "README.md": "test_docs.py",
+    "docs/grpo.md": "test_docs.py",
+    "docs/performance.md": "test_docs.py",
+    "docs/rewards.md": "test_docs.py",
+    "docs/search.md": "test_docs.py",
+    "docs/training.md": "test_training_runs.py",
+    "docs/two_phase.md": "test_heuristic_reward.py",
+}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [found["code"] for found in BLOCK.finditer(text) if not found["mark"]]
 
 
 def run(code: str, **names) -> dict:
     exec(compile(code, "docs", "exec"), names)  # our own pages
     return names
+
+
+# Code -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if p.parent.name != "gallery"], ids=name_of)
+def test_the_code_of_a_page_runs(page, tiny_lm, monkeypatch, tmp_path):
+    name = name_of(page)
+    codes = [] if name in OWN_TEST else blocks(name)
+    if not codes:
+        return
+    monkeypatch.setattr(dts, "load", lambda name: tiny_lm, raising=False)
+    monkeypatch.setattr(tiny_lm, "context_length", None)  # a byte is a token there
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in codes:
+        names = run(code, **names)
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if p.parent.name == "gallery"], ids=name_of)
+def test_the_examples_run_with_the_real_model(page, request, monkeypatch, capsys):
+    codes = blocks(name_of(page))
+    if not codes:
+        return
+    if page.stem == "forecasting":
+        request.getfixturevalue("packaged")
+    smollm = request.getfixturevalue("smollm")
+    monkeypatch.setattr(dts, "load", lambda name: smollm, raising=False)
+    names: dict = {}
+    for code in codes:
+        names = run(code, **names)
+    assert names["result"].usage.recomputed_tokens == 0
+    assert capsys.readouterr().out
+
+
+def test_every_python_block_is_run_or_says_why():
+    marked = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = list(BLOCK.finditer(text))
+        assert len(found) == len(re.findall(r"^ *```[ {.]*i?py", text, flags=re.M)), name_of(page)
+        marked += [name_of(page) for block in found if block["mark"]]
+    assert len(marked) <= MOST_UNRUN, marked
+
+
+@pytest.mark.parametrize("page", [page for page, test in OWN_TEST.items() if test != "test_docs.py"])
+def test_a_test_of_its_own_reads_the_page(page):
+    assert f'"{Path(page).name}"' in (ROOT / "tests" / OWN_TEST[page]).read_text(encoding="utf-8")
 
 
 def test_readme(tiny_lm, monkeypatch):
@@ -55,8 +132,131 @@ def test_performance_page(tiny_lm):
     assert names["result"].usage.cached_tokens == len(names["kept"])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_grpo_page(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    from training_models import tiny_pair
+
+    for part in tiny_pair():
+        part.save_pretrained(tmp_path / "base")
+    rows = [json.dumps({"prompt": f"say {a}{b}"}) for a in "abcd" for b in "abcd"]
+    (tmp_path / "my_rows.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/grpo.md")
+    names = run(code.replace("smollm2-135m", str(tmp_path / "base")).replace('"epochs": 1', '"max_steps": 1'))
+    assert names["lm"].name == str(names["folder"])
+    assert (names["folder"] / "adapter_model.safetensors").exists()
+    assert [names["short"]("x" * n) for n in (20, 40, 60)] == [1.0, 0.5, 0.0]
+
+
+def test_the_markov_chain_of_the_gallery_has_the_target_as_its_law():
+    from dts.models.table import TableModel, random_logits
+
+    (code,) = blocks("docs/gallery/algorithm.md")
+    code = code.split("lm = dts.load")[0]
+    watched = code.replace("current = node\n", "current = node\n            states.append(tree.tokens(current))\n")
+    assert watched != code
+    states: list[tuple[int, ...]] = []
+    method = run(watched, states=states)["Metropolis"](4000, reward_scale=3.0)
+    lm = TableModel(random_logits(4, 3), 4, eos=0)
+
+    def reward(text: str) -> float:
+        return (sum(map(int, text.split())) % 5) / 4
+
+    dts.decode(lm, "1", reward=reward, method=method, max_new_tokens=3, seed=1)
+    seen = Counter(states)
+    target = {ids: math.exp(log_p + 3 * reward(lm.decode(ids))) for ids, log_p in lm.sequences(3, (1,))}
+    z, p = sum(target.values()), {ids: math.exp(log_p) for ids, log_p in lm.sequences(3, (1,))}
+    chain = sum(abs(seen[ids] / len(states) - target[ids] / z) for ids in target) / 2
+    assert chain < 0.1 < 0.3 < sum(abs(p[ids] - target[ids] / z) for ids in target) / 2
+
+
+def test_the_json_reward_of_the_gallery_keeps_its_bounds(tiny_lm):
+    (code,) = blocks("docs/gallery/structured.md")
+    matches = run(code.split("lm = dts.load")[0])["Matches"](r'\{"a": [0-9]+\}')
+    assert [matches.score_text(text) for text in ('{"a": 12}', '{"a": 12', '{"b": 1}')] == [1.0, 0.0, 0.0]
+    after = {
+        text: matches.worth(matches.read(matches.empty(), text)) for text in ('{"a', '{"a": 1}', '{"b', '{"a": 1} ')
+    }
+    assert list(after.values()) == [(0.0, 1.0), (0.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
+    checked = dts.CheckMonotone(matches)
+    for method in (dts.search.MaxEnt(16), dts.search.MaxEnt(16, search="best")):
+        dts.decode(tiny_lm, "Once", method=method, reward=checked, max_new_tokens=8)
+
+
+# Commands and links -----------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[str]:
+    """Lines that start with `python`, with their continuations."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [line.strip() for line in re.findall(r"^\s*(python [^`|\n]*)$", joined, flags=re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_have_only_options_that_exist(page):
+    from dts.evaluation import cli as evaluation
+    from dts.training import cli as training
+
+    for line in commands(page.read_text(encoding="utf-8")):
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "run_experiments.py":
+            evaluation.build_parser().parse_args(evaluation.hyphenated(words[1:]))
+        elif words[0] == "train_model.py":
+            training.build_parser().parse_args(training.hyphenated(["train", *words[1:]]))
+        elif words[:2] == ["-m", "dts.training"] and words[2] in ("train", "train-variants", "expert-iteration"):
+            training.build_parser().parse_args(training.hyphenated(words[2:]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in DOCS} == listed
+
+
+# Reference --------------------------------------------------------------------------------------------------------
+
+
+def referenced() -> dict[str, list[str]]:
+    """What the pages of the reference are made from: modules or single names, and the members that are shown if not
+    all are."""
+    found = {}
+    for page in DOCS:
+        parts = re.split(r"^::: ", page.read_text(encoding="utf-8"), flags=re.M)[1:]
+        for name, options in (part.split("\n", 1) for part in parts):
+            members = re.search(r"members: \[(.*?)\]", options)
+            found[name] = members[1].split(", ") if members else []
+    return found
+
+
+def explained(thing: object) -> bool:
+    own = vars(thing).get("__doc__") if inspect.isclass(thing) else inspect.getdoc(thing)
+    return bool(own) and not own.startswith(f"{getattr(thing, '__name__', '')}(")  # what `dataclass` writes by itself
+
+
+@pytest.mark.parametrize("name", sorted(referenced()))
+def test_public_names_are_explained(name):
+    if name.startswith("dts.training"):
+        pytest.importorskip("trl")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        home, _, single = name.rpartition(".")
+        assert explained(getattr(importlib.import_module(home), single))
+        return
+    defined = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]
+    public = referenced()[name] or getattr(module, "__all__", None) or [key for key in defined if key[0] != "_"]
+    things = {key: getattr(module, key) for key in public}
+    things = {key: thing for key, thing in things.items() if inspect.isclass(thing) or inspect.isroutine(thing)}
+    assert things
+    assert not [key for key, thing in things.items() if not explained(thing)]
+
+
+def test_the_public_packages_are_in_the_reference():
+    assert {"dts", "dts.search", "dts.evaluation.rewards"} <= set(referenced())

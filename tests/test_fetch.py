@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import threading
@@ -54,6 +55,7 @@ def test_only_the_named_members_arrive_and_the_second_time_nothing_is_downloaded
     assert fetch(cache=cache, download=index) == [cache / "thing-1.0"] == fetch(cache=cache, download=index)
     assert index.asked == 1
     files = {p.relative_to(cache).as_posix(): p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    assert set(json.loads(files.pop("thing-1.0/checksums.json"))) == {"a.csv", "LICENSE"}
     assert files == {"thing-1.0/a.csv": b"1,2\n", "thing-1.0/LICENSE": b"MIT\n"}
     assert cached("thing", cache) == ensure("thing", cache) == cache / "thing-1.0"
 
@@ -61,7 +63,7 @@ def test_only_the_named_members_arrive_and_the_second_time_nothing_is_downloaded
 def test_a_member_path_never_leaves_its_folder(index, tmp_path, monkeypatch):
     replaced(monkeypatch, members=("../../evil",))
     (folder,) = fetch(cache=tmp_path / "cache", download=index)
-    assert [p.name for p in folder.iterdir()] == ["evil"]
+    assert sorted(p.name for p in folder.iterdir()) == ["checksums.json", "evil"]
 
 
 def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_kept(index, tmp_path, monkeypatch):
@@ -97,7 +99,7 @@ def test_two_fetches_at_once_agree_on_one_whole_copy(index, tmp_path, monkeypatc
         thread.join()
     assert index.asked == 2 and found == [[cache / "thing-1.0"]] * 2
     assert [p.name for p in cache.iterdir()] == ["thing-1.0"]
-    assert sorted(p.name for p in found[0][0].iterdir()) == ["LICENSE", "a.csv"]
+    assert sorted(p.name for p in found[0][0].iterdir()) == ["LICENSE", "a.csv", "checksums.json"]
 
 
 def test_a_cache_that_cannot_be_written_names_the_fix(index, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dts
+from dts.errors import UsageError
 from dts.lm import LanguageModel
 from dts.rewards import Reward
 from dts.search import MaxEnt
@@ -63,6 +64,8 @@ def expert_iteration(
     Search, lengths and temperature are those of `config.grpo`; the draws stand in each round's folder as draws.jsonl.
     The method of every round is sft, whatever the config says.
     """
+    if config.run_folder is not None:
+        raise UsageError(f"run_folder={config.run_folder!r} is not allowed here: every round has a folder; give output")
     rows = prepare(replace(config, method="grpo", name=f"{config.name}_round1"), overwrite=overwrite)
     folders: list[Path] = []
     warm = config.warm_start

@@ -47,18 +47,33 @@ def _weather(row: Any, where: str) -> Weather:
     missing = [name for name in ("start", "caption", *WEATHER_CHANNELS) if not isinstance(row, dict) or name not in row]
     if missing:
         raise UsageError(f"{where}: lacks {', '.join(missing)}")
-    readings = {name: numbers([str(value) for value in row[name]], f"{where}, {name}") for name in WEATHER_CHANNELS}
+    readings = {name: _list(row[name], f"{where}, {name}") for name in WEATHER_CHANNELS}
     if len({len(values) for values in readings.values()}) > 1 or not len(readings["wind_kmh"]):
         raise UsageError(f"{where}: the channels have {[len(v) for v in readings.values()]} readings; expected as many")
-    caption = row["caption"] if isinstance(row["caption"], str) else " ".join(map(str, row["caption"]))
+    caption = " ".join(row["caption"]) if _are_texts(row["caption"]) else row["caption"]
+    if not isinstance(caption, str) or not _are_texts([caption, str(row["start"])]):
+        raise UsageError(f"{where}: caption is {str(caption)[:40]!r}; give text or a list of sentences")
     return Weather(str(row["start"]), readings, caption)
+
+
+def _are_texts(value: Any) -> bool:
+    """A list of texts that can be written as UTF-8: JSON may spell half a surrogate pair."""
+    return isinstance(value, list) and all(
+        isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text) for text in value
+    )
 
 
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error})") from error
+
+
+def _list(value: Any, where: str) -> np.ndarray:
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: expected a list of numbers, got {str(value)[:40]!r}")
+    return numbers([str(item) for item in value], where)
 
 
 def load_weather(data_dir: str | Path | None) -> list[Weather]:
@@ -85,7 +100,7 @@ def read_m4_captions(folder: str | Path) -> tuple[list[Series], dict[str, str]]:
         for where, row in table(paths[0], ("id", "series")):
             name = row["id"].strip()
             if name in texts:
-                values = numbers([str(value) for value in _json(row["series"], where)], where)
+                values = _list(_json(row["series"], where), where)
                 if len(values) < 2:
                     raise UsageError(f"{where}: series {name!r} has {len(values)} values, needs 2 or more")
                 one = Series(name, frequency, M4_SEASON[frequency], M4_HORIZON[frequency], values, np.empty(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
+from dts.yamlfile import decode_text
 
 
 def locate(data_dir: str | Path, names: Sequence[str], option: str = "--data-dir") -> Path:
@@ -31,27 +33,38 @@ def locate(data_dir: str | Path, names: Sequence[str], option: str = "--data-dir
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, plain or gzip."""
+    """Numbered lines of a UTF-8 text file, plain or gzip, line ends included."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as file:
-            yield from enumerate(file, 1)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, _text(line, f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return decode_text(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: {str(error).removeprefix('line 1, ')}") from None
 
 
 def table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV file (plain or gzip), each with "file, line n" for messages. Raises where a column is missing."""
     csv.field_size_limit(10**8)  # a series is one field
     reader = csv.DictReader(line for _, line in lines(path))
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise UsageError(f"{path}, line 1: lacks the columns {', '.join(missing)}")
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in row or any(row[name] is None for name in columns):
-            raise UsageError(f"{where}: expected one value per column")
-        yield where, row
+    try:
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise UsageError(f"{path}, line 1: lacks the columns {', '.join(missing)}")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or any(row[name] is None for name in columns):
+                raise UsageError(f"{where}: expected one value per column")
+            yield where, row
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def numbers(words: Sequence[str], where: str) -> np.ndarray:
@@ -68,6 +81,6 @@ def numbers(words: Sequence[str], where: str) -> np.ndarray:
 
 def positive(row: dict[str, Any], name: str, where: str) -> int:
     text = row[name].strip()
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise UsageError(f"{where}: {name} must be a whole number above 0, got {text!r}")
     return int(text)

@@ -111,10 +111,14 @@ def _official_file(folder: Path, frequency: str, part: str) -> Path | None:
 
 def _wide_rows(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     csv.field_size_limit(10**8)
-    for number, row in enumerate(csv.reader(line for _, line in lines(path)), 1):
-        if number > 1 and row:
-            values = [cell for cell in row[1:] if cell.strip() not in ("", "NA")]
-            yield row[0].strip(), numbers(values, f"{path}, line {number}")
+    reader = csv.reader(line for _, line in lines(path))
+    try:
+        for number, row in enumerate(reader, 1):
+            if number > 1 and row:
+                values = [cell for cell in row[1:] if cell.strip() not in ("", "NA")]
+                yield row[0].strip(), numbers(values, f"{path}, line {number}")
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def load_series(data_dir: str | Path | None = None) -> list[Series]:

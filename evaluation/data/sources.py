@@ -8,11 +8,13 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dts.errors import UnavailableError, UsageError
+from dts.errors import DTSError, UnavailableError, UsageError
 from dts.evaluation.data.series import M4_HORIZON
+from dts.fetch import damaged, write_checksums
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +58,29 @@ SOURCES = {
 def download(name: str, folder: str | Path) -> Path:
     """Fetch a source into `folder/<name>`, whole or not at all, and return that folder: a task's `data_dir`.
 
-    Raises `UnavailableError` at once where there is no network. What is there already is not fetched again.
+    Raises `UnavailableError` at once where there is no network. What is there already is not fetched again: its files
+    are compared with the checksums that were noted when they came (the publishers state none).
     """
     if name not in SOURCES:
         raise UsageError(f"no source is called {name!r}; there are {', '.join(SOURCES)}")
     target = Path(folder) / name
     if target.is_dir():
+        if file := damaged(target):
+            raise UnavailableError(f"{target / file} is damaged; delete the folder {target} to fetch it again")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
-        partial = Path(scratch) / name
-        partial.mkdir()
-        for url in SOURCES[name].urls:
-            log.info("fetching %s", url)
-            _unpack(_get(url, Path(scratch) / "file"), url, partial)
-        partial.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
+            partial = Path(scratch) / name
+            partial.mkdir()
+            for url in SOURCES[name].urls:
+                log.info("fetching %s", url)
+                _unpack(_get(url, Path(scratch) / "file"), url, partial)
+            write_checksums(partial)
+            partial.rename(target)
+    except OSError as error:
+        raise UnavailableError(f"{target} cannot be written ({error}); nothing was kept: choose another folder, or "
+                               "free the disk") from error  # fmt: skip
     return target
 
 
@@ -87,27 +97,42 @@ def _get(url: str, path: Path) -> Path:
     return path
 
 
-def _unpack(path: Path, url: str, folder: Path) -> None:
-    """A zip's files without the folders they all share; any other file under its own name."""
+def _unpack(path: Path, url: str, folder: Path, *, depth: int = 1) -> None:
+    """A zip's files without the folders they all share, also those of archives in it; any other file under its name."""
     if not zipfile.is_zipfile(path):
         shutil.move(path, folder / PurePosixPath(urllib.request.url2pathname(url)).name)
         return
-    with zipfile.ZipFile(path) as archive:
-        members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX")]
-        shared = _shared_folder([PurePosixPath(member.filename) for member in members])
-        for member in members:
-            place = (folder / PurePosixPath(member.filename).relative_to(shared)).resolve()
-            if not place.is_relative_to(folder.resolve()):
-                raise UnavailableError(f"{url}: the archive holds the path {member.filename!r}; nothing was kept")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, place.open("wb") as file:
-                shutil.copyfileobj(source, file)
-    for inner in folder.glob("*.zip"):
-        kept = inner.rename(path.with_name("inner"))
-        _unpack(kept, url, folder)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _extract(archive, url, folder)
+    except DTSError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, other methods
+        raise UnavailableError(f"{url}: the archive cannot be read ({error}); nothing was kept") from error
+    if depth:
+        for inner in sorted(folder.glob("*.zip")):
+            kept = inner.rename(path.with_name("inner"))
+            _unpack(kept, url, folder, depth=depth - 1)
+
+
+def _extract(archive: zipfile.ZipFile, url: str, folder: Path) -> None:
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX")]
+    paths = [PurePosixPath(member.filename) for member in members]
+    for path in paths:
+        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            raise UnavailableError(f"{url}: the archive holds the path {str(path)!r}; nothing was kept")
+    shared = _shared_folder(paths)
+    for member, path in zip(members, paths, strict=True):
+        place = (folder / path.relative_to(shared)).resolve()
+        if not place.is_relative_to(folder.resolve()):
+            raise UnavailableError(f"{url}: the archive holds the path {member.filename!r}; nothing was kept")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(member) as source, place.open("wb") as file:  # also a link becomes a plain file
+            shutil.copyfileobj(source, file)
 
 
 def _shared_folder(paths: list[PurePosixPath]) -> PurePosixPath:
+    """The longest folder of all these relative paths."""
     shared = paths[0].parent if paths else PurePosixPath()
     while not all(path.is_relative_to(shared) for path in paths):
         shared = shared.parent

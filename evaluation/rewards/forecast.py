@@ -101,5 +101,12 @@ class ForecastReward(TextReward):
         most = notes.score + open_share * (PRESENT + STEPS) + (SPECTRUM if open_share else 0.0)
         return notes.score, min(most, 1.0)
 
+    def likely(self, notes: Numbers) -> float:
+        """As if the number under way went on in the middle of what its first digits allow."""
+        if not notes.run.isdecimal():
+            return notes.score
+        open_digits = self._parser.width - len(notes.run)
+        return notes.score + self._step_score(notes, int(notes.run + "50000000000"[:open_digits]))
+
     def final(self, notes: Numbers) -> float:
         return self._parser.close(notes, self._step_score).score

@@ -23,7 +23,8 @@ class TextReward:
     """A reward that reads new text once. A subclass says what it notes, and what the notes are worth.
 
     `read(notes, piece)` must return new notes and cost O(len(piece)); `worth(notes)` gives the lower and the upper
-    bound; `final(notes)` closes what the end of the text decides and gives the reward.
+    bound; `final(notes)` closes what the end of the text decides and gives the reward; `likely(notes)` may say better
+    than `final` what a text will get that has just begun something.
     """
 
     monotone = True
@@ -40,6 +41,9 @@ class TextReward:
 
     def final(self, notes: Any) -> float:
         raise NotImplementedError
+
+    def likely(self, notes: Any) -> float:
+        return self.final(notes)
 
     def start(self, context: Context) -> _Path:
         return _Path(context.decode, TextState(), self.empty())
@@ -58,15 +62,15 @@ class TextReward:
         return [self.worth(state.notes)[1] for state in states]
 
     def promise(self, states: Sequence[_Path]) -> list[float]:
-        """What each text would get if it ended here."""
-        return [self._close_path(state) for state in states]
+        """What each text would get if it ended here, in view of what it has begun."""
+        return [self.likely(self._all_read(state)) for state in states]
 
     def finish(self, states: Sequence[_Path], finished: Sequence[Finished]) -> list[float]:
-        return [self._close_path(state) for state in states]
+        return [self.final(self._all_read(state)) for state in states]
 
-    def _close_path(self, state: _Path) -> float:
+    def _all_read(self, state: _Path) -> Any:
         rest = flush(state.decode, state.text)
-        return self.final(self.read(state.notes, rest) if rest else state.notes)
+        return self.read(state.notes, rest) if rest else state.notes
 
     def score_text(self, text: str) -> float:
         """The reward of a whole text."""

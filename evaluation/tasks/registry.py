@@ -10,10 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dts.errors import UsageError
 from dts.evaluation.tasks.base import Task
+from dts.yamlfile import decode_text, parse_yaml
 
 TASKS: Mapping[str, str] = {
     "har": "human activity: one reason, then the activity that a motion sensor recorded",
@@ -24,6 +23,7 @@ TASKS: Mapping[str, str] = {
     "weather-caption": "weather captions: temperature, wind, pressure and humidity in words (needs --data-dir)",
     "keyword": "lexical constraints: sentences that contain given words",
 }
+FILES = (".yaml", ".yml")  # how a task file of one's own ends
 ALIASES: Mapping[str, str] = {"m4-forecast": "m4"}
 
 
@@ -59,7 +59,16 @@ def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int
     if num_samples is not None and num_samples < 1:
         raise UsageError(f"num_samples must be at least 1, got {num_samples}")
     file = read_task_file(name)
-    return _kinds()[file.kind](file, data_dir=data_dir, num_samples=num_samples, seed=seed)
+    load = _kinds()[file.kind]
+    try:
+        return load(file, data_dir=data_dir, num_samples=num_samples, seed=seed)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if not name.endswith(FILES):
+            raise  # our own file: a mistake of ours
+        raise UsageError(
+            f"task file {name}: its options or its prompt do not fit kind {file.kind!r} "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
 
 
 def _kinds() -> dict[str, Callable[..., Task]]:
@@ -87,25 +96,43 @@ def canonical(name: str) -> str:
 
 def read_task_file(name: str) -> TaskFile:
     """The YAML file of a listed task, or the file that `name` is the path of."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(FILES):
         path: Any = Path(name)
     else:
         path = resources.files("dts.evaluation.tasks") / f"{canonical(name).replace('-', '_')}.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = parse_yaml(decode_text(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise UsageError(f"task file {path}: cannot be read ({' '.join(str(error).split())})") from error
     return _task_file(data, path)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+_TEXT = (lambda value: isinstance(value, str), "text")
+_NUMBER = (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number")
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(["name", "kind", "system", "prompt", "reply"], _TEXT),
+    **dict.fromkeys(["version", "max_tokens"], _NUMBER),
+    "metrics": (lambda value: isinstance(value, dict) and _are_texts([*value]), "a direction for each metric"),
+    "stop": (_are_texts, "a list of texts"),
+    "options": (lambda value: isinstance(value, dict), "keys and values"),
+}
 
 
 def _task_file(data: Any, path: Any) -> TaskFile:
     if not isinstance(data, dict):
         raise UsageError(f"task file {path}: expected keys and values, got {type(data).__name__}")
-    known = {f.name for f in fields(TaskFile)}
+    known, data = {f.name for f in fields(TaskFile)}, {str(key): value for key, value in data.items()}
     missing = [f.name for f in fields(TaskFile) if f.default is MISSING and f.default_factory is MISSING]
     unknown, missing = sorted(set(data) - known), [name for name in missing if name not in data]
     if unknown or missing:
         raise UsageError(f"task file {path}: unknown keys {unknown}, missing keys {missing}; known are {sorted(known)}")
+    for name, (allowed, wanted) in _VALUES.items():
+        if name in data and not allowed(data[name]):
+            raise UsageError(f"task file {path}: {name} is {str(data[name])[:60]!r}; give {wanted}")
     if data["kind"] not in _kinds():
         raise UsageError(f"task file {path}: kind {data['kind']!r} is none of {', '.join(_kinds())}")
     return TaskFile(**{**data, "stop": tuple(data.get("stop", ()))})
