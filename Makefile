@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 DEPENDS := pyproject.toml constraints.txt
@@ -17,10 +18,10 @@ run: $(VENV)/.installed  ## install, fetch the model and the data, run the main 
 	$(RUN) -m dts fetch
 	$(RUN) run_experiments.py $(ARGS)
 
-test: $(VENV)/.installed-dev  ## ruff, mypy, fetch, pytest (ARGS="-k tree" adds options)
+test: $(VENV)/.installed-dev  ## ruff, mypy, fetch, pytest in JOBS processes (ARGS="-k tree" adds options)
 	@$(MAKE) --no-print-directory lint
 	$(RUN) -m dts fetch
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false $(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(RUN) -m ruff check .

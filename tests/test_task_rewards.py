@@ -263,6 +263,20 @@ def test_forecast_reward_prefers_what_the_history_does():
     assert rewards.ForecastReward(NUMBERS, HISTORY[:2], 4).score_text("300 400 500 400") > 0
 
 
+def test_a_number_under_way_promises_what_the_middle_of_its_digits_would_earn():
+    reward = BUILT_IN["forecast"]()
+    state = reward.start(Context("p", (), decode))
+    promised = []
+    for token in encode("300 4"):
+        (state,) = reward.extend([state], [token])
+        promised.append(reward.promise([state])[0])
+    middles = ("350", "305", "300", "300", "300 450")
+    assert promised == pytest.approx([reward.score_text(text) for text in middles], abs=1e-12)
+    assert reward.earned([state])[0] == pytest.approx(reward.score_text("300"))  # a guide, not a bound
+    (broken,) = reward.extend([state], encode("."))  # "4." can be no number of three digits
+    assert reward.promise([broken]) == reward.earned([broken])
+
+
 def test_forecast_steps_are_earned_one_by_one():
     reward = BUILT_IN["forecast"]()
     state = reward.start(Context("p", (), decode))
