@@ -94,6 +94,8 @@ class GRPOSettings:
     reward: str = "heuristic"  # heuristic, a reward model's folder or file, or module:function
     loss_type: str = "dapo"  # dapo or dr_grpo
     scale_rewards: str = "group"  # group: advantages divided by the group's standard deviation; none: not
+    prompts: str = "distinct"  # distinct: each different prompt once an epoch, shuffled; file: every line, in order
+    examples: str = "train"  # earlier turns of a prompt. train: part of it; draw: only seen by half of a group's draws
     groups: str = "sample"  # sample: drawn from the policy; search: from a tree search, with importance weights
     search_rollouts: int = 16  # groups: search; finished paths of the search before the group is drawn
     search_reward_scale: float = 4.0  # groups: search; lambda of the distribution that is drawn from
@@ -108,6 +110,8 @@ class GRPOSettings:
         _check(owner, "reward", self.reward, bool, "heuristic, a reward model's path, or module:function")
         _one_of(self, owner, "loss_type", ("dapo", "dr_grpo"))
         _one_of(self, owner, "scale_rewards", ("group", "none"))
+        _one_of(self, owner, "prompts", ("distinct", "file"))
+        _one_of(self, owner, "examples", ("train", "draw"))
         _one_of(self, owner, "groups", ("sample", "search"))
         if self.diversity_weight > 0 and (self.loss_type, self.scale_rewards) != ("dr_grpo", "none"):
             raise UsageError(
@@ -130,6 +134,7 @@ class TrainConfig:
     data: tuple[str, ...] = ()  # JSON Lines files or patterns
     checkpoint_path: str | None = None  # a LoRA folder to start from; {seed} stands for the seed
     output: str = "output/experiments"  # the run is written to output/name/seed_N
+    run_folder: str | None = None  # the run is written here instead
     seed: int = 42
     epochs: float = 3.0
     max_steps: int | None = None  # optimizer steps; instead of epochs
@@ -165,7 +170,7 @@ class TrainConfig:
     @property
     def folder(self) -> str:
         """Where the run is written."""
-        return f"{self.output}/{self.name}/seed_{self.seed}"
+        return self.run_folder or f"{self.output}/{self.name}/seed_{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a YAML file."""
@@ -195,6 +200,12 @@ def from_mapping(*layers: Mapping[str, Any]) -> TrainConfig:
     for layer in layers:
         merged = _merged(merged, layer)
     return _build(TrainConfig, merged, "")
+
+
+def derive_accumulation(batch_size: int, num_generations: int, accumulation: int = 1) -> int:
+    """The least number of passes >= `accumulation` whose completions fill whole groups: it always exists."""
+    unit = num_generations // math.gcd(batch_size, num_generations)
+    return unit * math.ceil(accumulation / unit)
 
 
 def assignment(text: str) -> dict[str, Any]:

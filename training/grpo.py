@@ -19,7 +19,7 @@ from dts.errors import UnavailableError, UsageError
 from dts.models.huggingface import HFModel
 from dts.rewards import Reward, as_reward
 from dts.search import MaxEnt
-from dts.training.config import GRPOSettings, TrainConfig
+from dts.training.config import GRPOSettings, TrainConfig, derive_accumulation
 from dts.training.data import Row
 from dts.training.estimator import grpo_diversity_weight
 from dts.training.health import Meter, Watch
@@ -34,15 +34,14 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 
-def derive_accumulation(batch_size: int, num_generations: int, accumulation: int = 1) -> int:
-    """The least number of passes >= `accumulation` whose completions fill whole groups: it always exists."""
-    unit = num_generations // math.gcd(batch_size, num_generations)
-    return unit * math.ceil(accumulation / unit)
-
-
 def distinct_prompts(rows: Sequence[Row]) -> list[list[dict[str, str]]]:
     """Each prompt once, in order; GRPO writes its own responses."""
     return [list(map(dict, key)) for key in dict.fromkeys(tuple(tuple(m.items()) for m in row.prompt) for row in rows)]
+
+
+def prompts_of(config: TrainConfig, rows: Sequence[Row]) -> list[list[dict[str, str]]]:
+    """The prompts of an epoch, as `grpo.prompts` says."""
+    return distinct_prompts(rows) if config.grpo.prompts == "distinct" else [row.prompt for row in rows]
 
 
 def check_groups(config: TrainConfig, prompts: int) -> None:
@@ -75,12 +74,15 @@ class GroupTrainer(GRPOTrainer):
         self._lm = self._lm or decoder_of(self)
         with in_eval_mode(self._lm.model):
             for prompt, part in _groups(prompts, self._settings.n_generations):
-                group = self._draw(self._lm, prompt, part.stop - part.start, stream(*key, part.start))
-                prompt_ids += [group.prompt_ids] * len(group.token_ids)
-                completion_ids += group.token_ids
-                self._weights += [math.exp(weight) for weight in group.log_weights]
-                self._meter.add("sampled_tokens", group.forwarded_tokens)
-                self._meter.observe("effective_group", effective_size(group.log_weights))
+                trained = self._lm.encode(trained_prompt(prompt, self._settings))
+                for shown, members in draw_plan(prompt, part, self._settings):
+                    count = members.stop - members.start
+                    group = self._draw(self._lm, shown, count, stream(*key, members.start))
+                    prompt_ids += [trained] * count
+                    completion_ids += group.token_ids
+                    self._weights += [math.exp(weight) for weight in group.log_weights]
+                    self._meter.add("sampled_tokens", group.forwarded_tokens)
+                    self._meter.observe("effective_group", effective_size(group.log_weights))
         return prompt_ids, completion_ids
 
     def _draw(self, lm: HFModel, prompt: Any, n: int, seed: int) -> Group:
@@ -116,6 +118,24 @@ class GroupTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self._meter.take()}, start_time)
+
+
+def trained_prompt(prompt: Any, settings: GRPOSettings) -> Any:
+    """The prompt that a group's loss is taken on: with `examples: draw`, system messages and the last turn."""
+    if settings.examples == "train" or isinstance(prompt, str):
+        return prompt
+    return [message for message in prompt[:-1] if message["role"] == "system"] + prompt[-1:]
+
+
+def draw_plan(prompt: Any, part: slice, settings: GRPOSettings) -> list[tuple[Any, slice]]:
+    """What the members of a group see. With `examples: draw` half of them, rounded up, see the earlier turns; the rest
+    show what the policy does by itself, so that there is something to compare with. The draws that saw more are
+    off-policy and are trained on uncorrected: the policy alone might never make them."""
+    trained = trained_prompt(prompt, settings)
+    if trained == prompt:
+        return [(prompt, part)]
+    middle = (part.start + part.stop + 1) // 2
+    return [(prompt, slice(part.start, middle)), (trained, slice(middle, part.stop))]
 
 
 def _rollout(prompts: list[Any], trainer: GroupTrainer) -> dict[str, Any]:
@@ -154,6 +174,7 @@ def build_grpo(
         num_generations=settings.n_generations,
         max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,
+        shuffle_dataset=settings.prompts == "distinct",
         top_k=0,
         beta=settings.kl_coeff,
         disable_dropout=True,  # groups are drawn without it, and the gradient and the KL must be of the same policy
@@ -177,7 +198,7 @@ def build_grpo(
 def _fitting(config: TrainConfig, rows: Sequence[Row], lm: HFModel) -> list[list[dict[str, str]]]:
     """Prompts that leave room for a completion within max_length."""
     room = config.max_length - config.grpo.max_completion_length
-    prompts = distinct_prompts(rows)
+    prompts = prompts_of(config, rows)
     fitting = [prompt for prompt in prompts if len(lm.encode(prompt)) <= room]
     if len(fitting) < len(prompts):
         log.warning("%d of %d prompts left out: longer than max_length - grpo.max_completion_length = %d tokens",

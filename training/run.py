@@ -50,7 +50,7 @@ def prepare(config: TrainConfig, *, resume: str | None = None, overwrite: bool =
     if config.method == "grpo" and ":" in config.grpo.reward:
         named(config.grpo.reward, {}, "grpo.reward")
     check_warm_start(config)
-    _check_folder(config, resume, overwrite)
+    check_folder(config, resume, overwrite)
     return rows
 
 
@@ -111,9 +111,9 @@ def _build(
     from transformers import set_seed
 
     if config.method == "grpo":
-        from dts.training.grpo import build_grpo, check_groups, distinct_prompts
+        from dts.training.grpo import build_grpo, check_groups, prompts_of
 
-        check_groups(config, len(distinct_prompts(rows)))
+        check_groups(config, len(prompts_of(config, rows)))
         if reward is None:
             reward = find_reward(config.grpo.reward, rows, search=config.grpo.groups == "search")
     set_seed(config.seed)  # a new adapter is random
@@ -161,7 +161,8 @@ def _arguments(config: TrainConfig, report_to: Sequence[str], progress: bool) ->
     }
 
 
-def _check_folder(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
+def check_folder(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
+    """Raise `UsageError` where the run's folder holds a run that is neither gone on with nor replaced."""
     folder = Path(config.folder)
     if resume is not None:
         _checkpoint(config, resume)
@@ -207,7 +208,7 @@ def _check_settings(config: TrainConfig, file: Path) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot resume: {file} cannot be read ({error}); start anew with --overwrite") from error
     now = json.loads(json.dumps(config.as_dict()))
-    changed = [key for key in now if key not in ("output", "name") and now[key] != before.get(key)]
+    changed = [key for key in now if key not in ("output", "name", "run_folder") and now[key] != before.get(key)]
     if changed:
         key = changed[0]
         raise UsageError(

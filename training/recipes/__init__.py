@@ -1,0 +1,1 @@
+"""Recipes: small complete training runs on the trainers of `dts.training`."""
