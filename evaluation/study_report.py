@@ -31,6 +31,7 @@ def write_report(folder: Path) -> str:
         "## Best reward at equal forwarded tokens\n\n" + _table(*at_equal_tokens(cells, settings["budgets"])),
         "## Tokens to reach the best reward of best-of-N\n\n" + _table(*tokens_to_reach(cells, settings["budgets"])),
         "## The best completion of each search\n\n" + _table(*quality(cells)),
+        "## Completions as good as the best of best-of-N\n\n" + _table(*as_good(cells)),
         "## Draws against best-of-n at the same mean reward\n\n" + _table(*over_optimisation(cells)),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -127,6 +128,29 @@ def quality(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
             )  # fmt: skip
     header = ["data", "method", "best reward", "log p per token", "rollouts", "mean depth of the start", "tokens", "s"]
     return header, rows
+
+
+def as_good(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
+    """What each search found with at least the highest reward of best-of-N: how many completions, and log p of the
+    likeliest of them, in nats for the whole completion, against the likeliest that best-of-N has there."""
+    rows = []
+    for dataset, every in cells.items():
+        for name, own in list(_by_method(every))[1:]:
+            pairs = [_top(cell[REFERENCE], cell[name]) for cell in own]
+            found = [(before, after) for before, after in pairs if after]
+            if not found:
+                continue
+            logprob = paired_difference([max(after) for _, after in found], [max(before) for before, _ in found])
+            count = paired_difference([len(after) for _, after in found], [len(before) for before, _ in found])
+            rows.append([dataset, name, _show(logprob, "+.1f"), _show(count, "+.1f"), f"{len(found)} of {len(own)}"])
+    return ["data", "method", "log p of the likeliest, difference", "number, difference", "prompts"], rows
+
+
+def _top(reference: Record, record: Record) -> tuple[list[float], list[float]]:
+    """log p of the completions of both whose reward is at least the reference's highest."""
+    goal = max(c["reward"] for c in reference["completions"]) - 1e-12
+    before, after = ([c["logprob"] for c in r["completions"] if c["reward"] >= goal] for r in (reference, record))
+    return before, after
 
 
 def over_optimisation(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:

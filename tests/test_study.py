@@ -105,6 +105,23 @@ def test_ratio_of_tokens_and_its_censoring():
     assert row["geometric mean"].startswith(f"{math.sqrt(4 * 1.25):.1f} ")
 
 
+def test_completions_as_good_as_the_best_of_best_of_n():
+    def record(*pairs):
+        return {"completions": [{"reward": reward, "logprob": logprob} for reward, logprob in pairs]}
+
+    cells = [
+        {
+            "best-of-n": record((0.5, -9.0), (0.5, -7.0), (0.1, -1.0)),
+            "maxent": record((0.9, -8.0), (0.5, -3.0), (0.4, 0.0)),
+        },
+        {"best-of-n": record((1.0, -4.0)), "maxent": record((1.0, -2.0))},
+        {"best-of-n": record((1.0, -4.0)), "maxent": record((0.9, -1.0))},  # never as good: counted, not compared
+    ]
+    _, (row,) = study_report.as_good({"d": cells})
+    assert row[:2] == ["d", "maxent"] and row[-1] == "2 of 3"
+    assert row[2].startswith("+3.0 [") and row[3].startswith("+0.0 [")  # -3 against -7 and -2 against -4; 2-2 and 1-1
+
+
 def test_rank_weights_are_the_probabilities_of_being_the_best():
     rewards = [0.1, 0.7, 0.7, 0.3]
     samples = [{"reward": r} for r in rewards]
