@@ -190,6 +190,8 @@ class SoftValues:
             terms.append(math.log(self._prior_strength) + self._prior(node))
             means += self._prior_strength * self.mean_rest[parent]
             weight += self._prior_strength
+        if not terms:
+            return  # the root, before anything was finished
         self.log_beyond[node] = logsumexp(terms) - math.log(weight)
         self.log_rest[node], self.mean_rest[node] = self._rest(node), means / weight
 

@@ -214,7 +214,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if min(options.instances, options.horizon, *options.budgets) < 1 or options.vocab_size < 2:
+        parser.error("--instances, --horizon and --budgets must be 1 or more, --vocab-size 2 or more")
     cases = [
         far_enough(
             instance(seed, vocab_size=options.vocab_size, horizon=options.horizon,

@@ -12,6 +12,8 @@ import dts
 from dts.evaluation.exact import PROMPT, instance, total_variation
 from dts.search import MaxEnt
 from dts.search.partition import Partition
+from dts.softvalue import SoftValues
+from dts.tree import Tree
 
 
 class Earned:
@@ -113,10 +115,18 @@ def test_z_is_exact_when_every_sequence_is_finished():
 
 def test_draws_leave_the_effective_sample_size_alone():
     case, reward = token_level(1, vocab_size=5, horizon=4)
-    result = search(case, reward, 20)
+    result = search(case, reward, 20, 1.0)
     before, leaves = result.effective_sample_size, len(result.tree.leaves())
     result.sample(20)
     assert len(result.tree.leaves()) > leaves and result.effective_sample_size == before
+
+
+def test_a_branch_can_be_closed_before_anything_is_finished():
+    tree = Tree()
+    child = tree.add(0, 1, math.log(0.25), math.log(0.75))
+    values = SoftValues(tree, 4.0)
+    values.close(child)
+    assert values.log_open[0] == pytest.approx(math.log(0.75))  # what is left, at the value of nothing known
 
 
 def test_values_agree_with_each_other_when_a_search_is_over():
