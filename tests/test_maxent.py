@@ -115,7 +115,7 @@ def test_z_is_exact_when_every_sequence_is_finished():
 
 def test_draws_leave_the_effective_sample_size_alone():
     case, reward = token_level(1, vocab_size=5, horizon=4)
-    result = search(case, reward, 20, 1.0)
+    result = search(case, reward, 5, 1.0)
     before, leaves = result.effective_sample_size, len(result.tree.leaves())
     result.sample(20)
     assert len(result.tree.leaves()) > leaves and result.effective_sample_size == before
