@@ -174,8 +174,7 @@ def test_without_bounds_every_sequence_is_finished_once():
 
 
 def test_pruned_paths_count_as_rollouts_spent():
-    case, reward = token_level(5, vocab_size=8, horizon=5)
-    result = search(case, reward, 30, search="best", batch_size=1)
-    more = search(case, reward, 60, search="best", batch_size=1)
-    # The budget ended the search, not a proof, and some of the 30 paths are no rollouts.
-    assert len(result.rollouts) < 30 and len(more.rollouts) > len(result.rollouts)
+    case, reward = token_level(6, vocab_size=8, horizon=5)
+    result, to_the_end = (search(case, reward, n, search="best", batch_size=1) for n in (6, 10**5))
+    # The budget ended the search, not a proof, and some of the 6 paths are no rollouts.
+    assert len(result.rollouts) < len(to_the_end.rollouts) < 6

@@ -180,6 +180,7 @@ def test_a_reward_that_fails_on_a_worker_is_the_same_error_and_the_cluster_goes_
 
 def interrupted(folder: str) -> None:
     """A command with a Ray of its own, whose second example never ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 
     def strange() -> None:
         (Path(folder) / "pid").write_text(str(os.getpid()))
