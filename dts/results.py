@@ -97,17 +97,24 @@ class Result:
         return logsumexp(list(self.log_weights.values()))
 
     @property
-    def effective_sample_size(self) -> float:
-        """1 / sum w^2 over the completions, w their shares in the estimate of pi* (of what was finished): how many
-        equally likely completions would be as diverse."""
+    def shares(self) -> dict[int, float]:
+        """Weights of the finished sequences as a sample of pi*, by leaf (`Rollout.leaf`); their sum is 1.
+
+        For a weighted median or vote, without another token. A sequence also counts for unfinished ones near it
+        (`SoftValues.log_shares`)."""
         if self.log_weights is not None:
-            logs = list(self.log_weights.values())
+            logs = self.log_weights
         elif self.values is not None:
-            searched = dict.fromkeys(rollout.leaf for rollout in self.rollouts)  # draws may have added leaves since
-            logs = [self.tree.log_prob(leaf) + self.values.log_value[leaf] for leaf in searched]
+            logs = self.values.log_shares()
         else:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
-        return math.exp(2 * logsumexp(logs) - logsumexp([2 * w for w in logs]))
+        total = logsumexp(list(logs.values()))
+        return {leaf: math.exp(log - total) for leaf, log in logs.items()}
+
+    @property
+    def effective_sample_size(self) -> float:
+        """1 / sum w^2 over the finished sequences, w their `shares`: how many equal ones would be as diverse."""
+        return 1 / math.fsum(share * share for share in self.shares.values())
 
     def sample(self, k: int, seed: int = 0) -> list[Completion]:
         """k draws from the tree's estimate of pi*; unexplored parts are continued with the model, and counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +46,22 @@ class Decoding:
         _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
                  "a tuple of non-empty strings")  # fmt: skip
 
-    def probabilities(self, logits: torch.Tensor, forbidden: torch.Tensor | None = None) -> torch.Tensor:
-        """p in float64, [B, V], from logits [B, V]; `forbidden` [B, V] marks tokens of probability 0.
+    def probabilities(
+        self, logits: torch.Tensor, forbidden: tuple[Sequence[int], Sequence[int]] = ((), ())
+    ) -> torch.Tensor:
+        """p in float64, [B, V], from logits [B, V]; `forbidden`: rows, and the tokens that have probability 0 in them.
 
         Temperature first, then top-k, then top-p, as in `transformers`' generate.
         """
         if logits.device.type == "mps":  # has no float64
             logits = logits.cpu()
-        scores = logits.double()
-        if self.temperature != 1:
-            scores = scores / self.temperature
-        if forbidden is not None:
-            scores = scores.masked_fill(forbidden.to(scores.device), -math.inf)
+        scores = logits.double() if self.temperature == 1 else logits.double() / self.temperature
+        rows, tokens = forbidden
+        if rows and tokens:
+            scores = scores.clone() if scores is logits else scores
+            scores[
+                torch.tensor(rows, device=scores.device)[:, None], torch.tensor(tokens, device=scores.device)
+            ] = -math.inf
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             kth = scores.topk(self.top_k, dim=-1).values[:, -1:]
             scores = scores.masked_fill(scores < kth, -math.inf)

@@ -205,6 +205,30 @@ class SoftValues:
         total = logsumexp([*terms, rest])
         return children, [t - total for t in terms], rest - total
 
+    def log_shares(self) -> dict[int, float]:
+        """By finished leaf: log of its share among all of them. At every node the mass of what was not finished is
+        divided equally among the children that were, as draws from it, like G takes them to be. So a sequence counts
+        for those near it, and its share is not its own probability, which is tiny for a long one."""
+        self.grow()
+        tree, shares = self.tree, dict[int, float]()
+        stack = [(ROOT, 0.0)] if self.visits[ROOT] else []
+        while stack:
+            node, above = stack.pop()
+            if tree.terminal[node]:
+                shares[node] = above
+                continue
+            seen, others = list[int](), [tree.log_unexplored[node]]
+            for child in tree.children(node):
+                if self.visits[child]:
+                    seen.append(child)
+                else:
+                    others.append(tree.log_p[child])
+            rest = logsumexp(others) - math.log(len(seen))
+            terms = [logsumexp([tree.log_p[child], rest]) + self.log_value[child] for child in seen]
+            total = logsumexp(terms)
+            stack.extend((child, above + term - total) for child, term in zip(seen, terms, strict=True))
+        return shares
+
     def log_prob(self, tokens: Sequence[int], log_p: Sequence[float]) -> float:
         """The tree's estimate of log pi* of a complete sequence, given the model's log p of each of its tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,15 @@ def rollout_record(rollout: Rollout) -> Record:
     }
 
 
+def _shares(result: Result) -> list[float] | None:
+    """The weight of each rollout as a sample of pi*, where the method estimates pi*; equal ones divide theirs."""
+    if result.log_weights is None and result.values is None:
+        return None
+    times = collections.Counter(rollout.leaf for rollout in result.rollouts)
+    by_leaf = result.shares
+    return [by_leaf[rollout.leaf] / times[rollout.leaf] for rollout in result.rollouts]
+
+
 def sample_record(result: Result) -> Record:
     """What one search found and what it cost."""
     rewards = [rollout.reward for rollout in result.rollouts]
@@ -102,5 +112,6 @@ def sample_record(result: Result) -> Record:
         "logprob": result.best.logprob,
         "finished_by": result.best.finished_by,
         **usage,
+        "shares": _shares(result),
         "text": result.best.text,
     }

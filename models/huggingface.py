@@ -161,7 +161,8 @@ class HFModel:
         config = self._core.config.get_text_config()
         logits: torch.Tensor = self._core.get_output_embeddings()(hidden)
         # The two factors and the cap that families put behind their head; the self-check would show another one.
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
+        factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
+        logits = logits if factor == 1 else logits * factor
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -101,7 +101,7 @@ class Search:
             logits = self.session.logits([self.tree.slot[n] for n in missing])
             if self.decoding.logits_processor is not None:
                 logits = self._processed(missing, logits)
-            rows = self.decoding.probabilities(logits, self._too_early(missing, logits))
+            rows = self.decoding.probabilities(logits, self._too_early(missing))
             self._require_distributions(missing, rows)
             self._rows.update(zip(missing, rows, strict=True))
             if len(missing) == len(nodes):
@@ -126,13 +126,10 @@ class Search:
         prefixes = [torch.tensor([[*self._prompt_ids, *self.tree.tokens(n)]], device=logits.device) for n in nodes]
         return torch.cat([process(ids, row[None].clone()) for ids, row in zip(prefixes, logits, strict=True)])
 
-    def _too_early(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor | None:
-        early = [self.tree.depth[n] < self.decoding.min_new_tokens for n in nodes]
-        if not any(early) or not self.lm.eos_ids:
-            return None
-        forbidden = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        forbidden[:, sorted(self.lm.eos_ids)] = torch.tensor(early, device=logits.device)[:, None]
-        return forbidden
+    def _too_early(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The rows in which EOS must not come yet, and its ids."""
+        depth, least = self.tree.depth, self.decoding.min_new_tokens
+        return [row for row, node in enumerate(nodes) if depth[node] < least], sorted(self.lm.eos_ids)
 
     def state(self, node: int) -> State:
         """The reward's state at `node`."""

@@ -118,7 +118,39 @@ def test_draws_leave_the_effective_sample_size_alone():
     result = search(case, reward, 5, 1.0)
     before, leaves = result.effective_sample_size, len(result.tree.leaves())
     result.sample(20)
-    assert len(result.tree.leaves()) > leaves and result.effective_sample_size == before
+    assert len(result.tree.leaves()) > leaves
+    assert result.effective_sample_size == pytest.approx(before, rel=1e-12)
+
+
+def test_shares_are_those_of_the_target_and_count_for_what_was_not_finished():
+    """By hand: two children of the root, p 0.5 and 0.3, each with one finished leaf; 0.2 is not explored."""
+    tree = Tree()
+    first = tree.add(0, 1, math.log(0.5), math.log(0.5))
+    second = tree.add(0, 2, math.log(0.3), math.log(0.2))
+    leaves = [tree.add(first, 3, math.log(0.9), math.log(0.1)), tree.add(second, 3, math.log(0.01), math.log(0.99))]
+    values = SoftValues(tree, 2.0)
+    for leaf, reward in zip(leaves, (0.5, 1.0), strict=True):
+        tree.terminal[leaf], tree.reward[leaf] = 1, reward
+        values.finish(leaf)
+    # A leaf that is the only one of its node has all of it, however unlikely it is there.
+    factors = np.exp([values.log_value[first], values.log_value[second]])
+    weights, shares = np.array([0.5 + 0.1, 0.3 + 0.1]) * factors, values.log_shares()
+    assert [math.exp(shares[leaf]) for leaf in leaves] == pytest.approx(weights / weights.sum(), rel=1e-12)
+
+
+def test_shares_weigh_a_small_tree_better_than_the_probabilities_of_its_leaves_do():
+    """The mean of the reward under pi*, estimated from 40 of 3,905 sequences."""
+    errors = {"shares": [], "own probability": []}
+    for seed in range(8):
+        case, reward = token_level(seed, vocab_size=5, horizon=5)
+        result = search(case, reward, 40, 4.0)
+        truth = float(case.target(4.0) @ case.rewards)
+        assert sum(result.shares.values()) == pytest.approx(1)
+        own = {leaf: math.exp(result.tree.log_prob(leaf) + 4.0 * result.tree.reward[leaf]) for leaf in result.shares}
+        for name, weights in (("shares", result.shares), ("own probability", own)):
+            mean = sum(w * result.tree.reward[leaf] for leaf, w in weights.items()) / sum(weights.values())
+            errors[name].append(abs(mean - truth))
+    assert np.mean(errors["shares"]) < np.mean(errors["own probability"])
 
 
 def test_a_branch_can_be_closed_before_anything_is_finished():

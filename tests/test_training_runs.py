@@ -316,6 +316,33 @@ def test_rows_are_encoded_as_the_decoder_asks(tmp_path, caplog):
         encode_rows(rows, model, tokenizer, 3)
 
 
+def test_leaving_prompts_out_of_the_head_changes_no_loss_and_no_weight(config, monkeypatch):
+    from trl.kernels.chunked_logprob import _use_triton
+    from trl.trainer import utils
+
+    rows: list[int] = []
+    scored = utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden, *rest):
+            rows.append(len(hidden))
+            return scored.apply(hidden, *rest)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counting)
+    monkeypatch.setattr(utils, "_use_triton", _use_triton)
+    with monkeypatch.context() as patch:
+        patch.setattr("dts.training.sft.score_labels_only", lambda: None)
+        plain = train(config("sft", "plain"))
+    everything, rows[:] = sum(rows), []
+    ours = train(config("sft", "ours"))
+    assert 0 < sum(rows) < everything / 2
+    losses = [[row["loss"] for row in read_history(folder) if "loss" in row] for folder in (plain, ours)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = adapter(plain), adapter(ours)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
 def test_running_out_of_memory_is_one_line_with_the_fix(config):
     class Full(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dts.errors import UnavailableError, UsageError
+from dts.memory import is_out_of_memory
 from dts.models.loading import check_available, pick_device
 from dts.rewards import Reward
 from dts.training.adapters import (
@@ -89,7 +88,9 @@ def train(
         _restore_token_count(trainer, checkpoint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UnavailableError(
             f"out of memory at step {trainer.state.global_step} of {config.name}: lower batch_size={config.batch_size}"
             f", max_length={config.max_length} or the samples per prompt, and go on with --resume-from-checkpoint auto"

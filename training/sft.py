@@ -38,6 +38,21 @@ def encode_rows(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int
     return examples
 
 
+def score_labels_only() -> None:
+    """On a CPU too, tokens without a label do not go through the head: the loss is the same and prompts need no logits.
+    TRL (1.16) leaves them out on GPUs only, because other accelerators would compile anew for every shape."""
+    from trl.trainer import utils
+
+    on_gpu = getattr(utils, "_use_triton", None)  # decides that, and nothing else in this module
+    if on_gpu is not None and not hasattr(on_gpu, "with_cpu"):
+
+        def compact(device: Any) -> bool:
+            return device.type == "cpu" or bool(on_gpu(device))
+
+        compact.with_cpu = True  # type: ignore[attr-defined]
+        utils._use_triton = compact
+
+
 def build_sft(
     config: TrainConfig,
     rows: Sequence[Row],
@@ -52,6 +67,7 @@ def build_sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    score_labels_only()
     return (trainer or SFTTrainer)(
         model=model,
         args=SFTConfig(**arguments, max_length=None),

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from dts.rewards import Reward
 
+Row = Mapping[str, Any]  # how one completion did: what the metrics are pooled from
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -35,8 +37,16 @@ class Task(Protocol):
     def reward(self, example: Example) -> Reward:
         """The label-free reward of one example."""
 
+    def details(self, texts: Mapping[str, str]) -> dict[str, Row]:
+        """How each completion did, by example id."""
+
+    def pool(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Metrics over rows of `details`, unparseable ones counted as wrong. A row may occur several times, as it does
+        in a bootstrap sample."""
+
     def score(self, texts: Mapping[str, str]) -> dict[str, float]:
-        """Metrics over completions by example id, unparseable ones counted as wrong."""
+        """Metrics over completions by example id."""
+        return self.pool(list(self.details(texts).values()))
 
     def combine(self, example: Example, texts: Sequence[str], weights: Sequence[float]) -> str | None:
         """One answer text out of several weighted completions of an example; None where the task has no such answer.
@@ -45,5 +55,9 @@ class Task(Protocol):
         answer have no say; where none has one, the result is a text that scores as unparseable.
         """
 
+    def baseline_rows(self) -> dict[str, dict[str, Row]]:
+        """Details of methods without a language model, on the same examples: the rows that keep us honest."""
+
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Metrics of methods without a language model, on the same examples: the rows that keep us honest."""
+        """Their metrics."""
+        return {method: self.pool(list(rows.values())) for method, rows in self.baseline_rows().items()}

@@ -13,7 +13,7 @@ from dts.errors import UsageError
 from dts.evaluation import metrics
 from dts.evaluation.data import Series, Weather, load_captions, load_weather
 from dts.evaluation.rewards import ClaimReward
-from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.digits import Digits
 from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
 
@@ -83,7 +83,7 @@ def load_weather_task(
     return CaptionTask(file, options, items, weather_caption, training)
 
 
-class CaptionTask:
+class CaptionTask(Task):
     """Describe a series. The facts come from the shown values; a reference caption is read by `score` alone."""
 
     def __init__(
@@ -121,37 +121,43 @@ class CaptionTask:
         for example, caption in self._training():
             yield {"messages": [*example.prompt, {"role": "assistant", "content": caption}]}
 
-    def details(self, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    def details(self, texts: Mapping[str, str]) -> dict[str, Row]:
         """Per example: facts claimed rightly and wrongly, the faithfulness, and ROUGE-L where there is a reference."""
         check_ids(texts, self._facts, self.name)
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Row] = {}
         for name, text in texts.items():
             claimed = self._claims(self._facts[name]).claimed(text)
             right, wrong = sorted(claimed.right), sorted(claimed.wrong)
-            rows[name] = {"right": right, "wrong": wrong, "faithfulness": len(right) / len(self._facts[name])}
+            facts = len(self._facts[name])
+            row: dict[str, Any] = {
+                "text": text,
+                "right": right,
+                "wrong": wrong,
+                "faithfulness": len(right) / facts,
+                "claims": (len(right) + len(wrong)) / facts,
+            }
             if "rouge_l" in self.metrics:
-                rows[name]["rouge_l"] = metrics.rouge_l([text], [self._references[name]])
+                row["rouge_l"] = metrics.rouge_l([text], [self._references[name]])
+            rows[name] = row
         return rows
 
-    def score(self, texts: Mapping[str, str]) -> dict[str, float]:
+    def pool(self, rows: Sequence[Row]) -> dict[str, float]:
         """Faithfulness; ROUGE-L; share of facts claimed at all; distinct bigrams; share of texts that claim nothing."""
-        rows = self.details(texts)
-        claims = {name: len(row["right"]) + len(row["wrong"]) for name, row in rows.items()}
         values = {
-            "faithfulness": float(np.mean([row["faithfulness"] for row in rows.values()])),
-            "claims": float(np.mean([count / len(self._facts[name]) for name, count in claims.items()])),
-            "distinct_2": metrics.distinct_n(list(texts.values()), 2),
-            "parse_failures": float(np.mean([count == 0 for count in claims.values()])),
+            "faithfulness": float(np.mean([row["faithfulness"] for row in rows])),
+            "claims": float(np.mean([row["claims"] for row in rows])),
+            "distinct_2": metrics.distinct_n([row["text"] for row in rows], 2),
+            "parse_failures": float(np.mean([row["claims"] == 0 for row in rows])),
         }
         if "rouge_l" in self.metrics:
-            values["rouge_l"] = float(np.mean([row["rouge_l"] for row in rows.values()]))
+            values["rouge_l"] = float(np.mean([row["rouge_l"] for row in rows]))
         return {name: values[name] for name in self.metrics}
 
-    def baselines(self) -> dict[str, dict[str, float]]:
+    def baseline_rows(self) -> dict[str, dict[str, Row]]:
         """A template filled from the same facts, fully faithful without a language model; the references, if any."""
-        rows = {"template": self.score({name: self._template(truth) for name, truth in self._facts.items()})}
+        rows = {"template": self.details({name: self._template(truth) for name, truth in self._facts.items()})}
         if "rouge_l" in self.metrics:
-            rows["references"] = self.score(self._references)
+            rows["references"] = self.details(self._references)
         return rows
 
 

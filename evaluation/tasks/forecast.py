@@ -16,13 +16,11 @@ from dts.evaluation import metrics
 from dts.evaluation.data import Series, load_series
 from dts.evaluation.forecasting import expect, weighted_median
 from dts.evaluation.rewards import ForecastReward
-from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.digits import Digits, Scale
 from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
 
 log = logging.getLogger(__name__)
-
-METHODS = ("naive", "seasonal naive", "naive2", "reward alone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ def load(file: TaskFile, *, data_dir: str | Path | None, num_samples: int | None
     return ForecastTask(file, load_series(data_dir), num_samples, seed)
 
 
-class ForecastTask:
+class ForecastTask(Task):
     """Forecast a series. Futures stay in `_references`, which only scoring reads."""
 
     def __init__(self, file: TaskFile, series: Sequence[Series], num_samples: int | None, seed: int) -> None:
@@ -140,57 +138,51 @@ class ForecastTask:
         missing = np.flatnonzero(np.isnan(middle))
         return past.scale.text(past.scale.values(middle[: missing[0] if len(missing) else None]))
 
-    def details(self, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Per example: forecast, smape, mase, the number of missing steps, and whether it repeats the last season."""
+    def details(self, texts: Mapping[str, str]) -> dict[str, Row]:
+        """Per example: forecast, smape, mase and those of Naive2, the number of missing steps, and whether it repeats
+        the last season."""
         check_ids(texts, self._references, self.name)
         return {name: self._row(name, self.answer(text, name)) for name, text in texts.items()}
 
-    def _row(self, name: str, forecast: np.ndarray) -> dict[str, Any]:
+    def _row(self, name: str, forecast: np.ndarray) -> Row:
         past, actual = self._pasts[name], self._references[name]
+        naive2 = metrics.naive2(past.history, past.steps, past.season)
         repeated = past.scale.written(metrics.seasonal_naive(past.history, past.steps, past.season))
         missing = int(np.isnan(forecast).sum())
         return {
             "answer": [None if np.isnan(value) else float(value) for value in forecast],
             "smape": metrics.smape(actual, forecast),
             "mase": metrics.mase(actual, forecast, past.history, past.season),
+            "naive2_smape": metrics.smape(actual, naive2),
+            "naive2_mase": metrics.mase(actual, naive2, past.history, past.season),
             "missing_steps": missing,
             "is_seasonal_naive": missing == 0 and bool((past.scale.written(forecast) == repeated).all()),
         }
 
-    def score(self, texts: Mapping[str, str]) -> dict[str, float]:
-        """Metrics over completions by example id: errors averaged over series, OWA against Naive2 on the same ones."""
-        return self._score(self.details(texts))
-
-    def _score(self, rows: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-        smape, mase = _means(rows)
-        base_smape, base_mase = _means(self._baseline_rows("naive2", rows))
-        steps = {name: self._pasts[name].steps for name in rows}
+    def pool(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Errors averaged over series; OWA against Naive2 on the same ones; shares of missing and of repeated steps."""
+        smape, mase, naive2_smape, naive2_mase = (
+            float(np.mean([row[key] for row in rows])) for key in ("smape", "mase", "naive2_smape", "naive2_mase")
+        )
         values = {
             "smape": smape,
             "mase": mase,
-            "owa": metrics.owa(smape, mase, base_smape, base_mase),
-            "parse_failures": float(np.mean([row["missing_steps"] == steps[name] for name, row in rows.items()])),
-            "missing_steps": sum(row["missing_steps"] for row in rows.values()) / sum(steps.values()),
-            "seasonal_naive_share": float(np.mean([row["is_seasonal_naive"] for row in rows.values()])),
+            "owa": metrics.owa(smape, mase, naive2_smape, naive2_mase),
+            "parse_failures": float(np.mean([row["missing_steps"] == len(row["answer"]) for row in rows])),
+            "missing_steps": sum(row["missing_steps"] for row in rows) / sum(len(row["answer"]) for row in rows),
+            "seasonal_naive_share": float(np.mean([row["is_seasonal_naive"] for row in rows])),
         }
         return {name: values[name] for name in self.metrics}
 
-    def _baseline_rows(self, method: str, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def baseline_rows(self) -> dict[str, dict[str, Row]]:
+        """Naive, seasonal naive, Naive2, and the forecast at which the reward itself is centred."""
         forecasts = {
             "naive": lambda past: metrics.naive(past.history, past.steps),
             "seasonal naive": lambda past: metrics.seasonal_naive(past.history, past.steps, past.season),
             "naive2": lambda past: metrics.naive2(past.history, past.steps, past.season),
             "reward alone": lambda past: expect(past.history, past.season, past.steps).centre,
         }
-        return {name: self._row(name, forecasts[method](self._pasts[name])) for name in names}
-
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Naive, seasonal naive, Naive2, and the forecast at which the reward itself is centred."""
-        return {method: self._score(self._baseline_rows(method, self._pasts)) for method in METHODS}
-
-
-def _means(rows: Mapping[str, dict[str, Any]]) -> tuple[float, float]:
-    """Mean sMAPE and mean MASE over series."""
-    return float(np.mean([row["smape"] for row in rows.values()])), float(
-        np.mean([row["mase"] for row in rows.values()])
-    )
+        return {
+            method: {name: self._row(name, forecast(past)) for name, past in self._pasts.items()}
+            for method, forecast in forecasts.items()
+        }

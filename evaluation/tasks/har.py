@@ -15,7 +15,7 @@ from dts.evaluation import metrics
 from dts.evaluation.data import Windows, load_windows
 from dts.evaluation.forecasting import weighted_vote
 from dts.evaluation.rewards import LabelParser, LabelReward, shown
-from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
 
 STRENGTHS = ("still", "gentle", "brisk", "strong")  # by quartile of the training windows' movement
@@ -36,7 +36,7 @@ def load(file: TaskFile, *, data_dir: str | Path | None, num_samples: int | None
     return HarTask(file, load_windows(data_dir), num_samples, seed)
 
 
-class HarTask:
+class HarTask(Task):
     """Name the activity of a window. Test labels stay in `_references`, which only `score` reads."""
 
     def __init__(self, file: TaskFile, windows: Windows, num_samples: int | None, seed: int) -> None:
@@ -129,10 +129,12 @@ class HarTask:
         """Format and verifier, from the window alone."""
         return LabelReward(self._parser, self.probabilities(example.inputs), self._options.format_weight)
 
-    def details(self, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    def details(self, texts: Mapping[str, str]) -> dict[str, Row]:
         """Per example: reference, answer (None where unparsed) and correct (1.0 or 0.0)."""
         check_ids(texts, self._references, self.name)
-        answers = {name: self.answer(text) for name, text in texts.items()}
+        return self._rows({name: self.answer(text) for name, text in texts.items()})
+
+    def _rows(self, answers: Mapping[str, str | None]) -> dict[str, Row]:
         return {
             name: {
                 "reference": self._references[name],
@@ -142,12 +144,9 @@ class HarTask:
             for name, answer in answers.items()
         }
 
-    def score(self, texts: Mapping[str, str]) -> dict[str, float]:
-        """Metrics over completions by example id; one without an answer is wrong."""
-        return self._score({name: row["answer"] for name, row in self.details(texts).items()})
-
-    def _score(self, answers: Mapping[str, str | None]) -> dict[str, float]:
-        values = metrics.classification([self._references[name] for name in answers], list(answers.values()))
+    def pool(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Metrics of classification; a completion without an answer is wrong."""
+        values = metrics.classification([row["reference"] for row in rows], [row["answer"] for row in rows])
         return {name: values[name] for name in self.metrics}
 
     def confusion(self, texts: Mapping[str, str]) -> tuple[list[str], np.ndarray]:
@@ -155,14 +154,14 @@ class HarTask:
         rows = self.details(texts).values()
         return metrics.confusion([r["reference"] for r in rows], [r["answer"] for r in rows], self.classes)
 
-    def baselines(self) -> dict[str, dict[str, float]]:
+    def baseline_rows(self) -> dict[str, dict[str, Row]]:
         """The training split's largest class, and the verifier's own choice."""
         counts = {label: self._train_labels.count(label) for label in self.classes}
         majority = max(self.classes, key=lambda label: counts[label])
         probabilities = {example.id: self.probabilities(example.inputs) for example in self.examples}
         return {
-            "majority class": self._score(dict.fromkeys(probabilities, majority)),
-            "verifier alone": self._score({name: max(p, key=lambda k: p[k]) for name, p in probabilities.items()}),
+            "majority class": self._rows(dict.fromkeys(probabilities, majority)),
+            "verifier alone": self._rows({name: max(p, key=lambda k: p[k]) for name, p in probabilities.items()}),
         }
 
 

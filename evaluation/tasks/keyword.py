@@ -12,7 +12,7 @@ import numpy as np
 from dts.errors import UsageError
 from dts.evaluation import metrics
 from dts.evaluation.rewards import Keywords
-from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
 
 
@@ -30,7 +30,7 @@ def load(file: TaskFile, *, data_dir: str | Path | None, num_samples: int | None
     return KeywordTask(file, num_samples, seed)
 
 
-class KeywordTask:
+class KeywordTask(Task):
     """Use every given word. There is no reference: the words are in the prompt."""
 
     def __init__(self, file: TaskFile, num_samples: int | None, seed: int) -> None:
@@ -54,27 +54,31 @@ class KeywordTask:
     def combine(self, example: Example, texts: Sequence[str], weights: Sequence[float]) -> None:
         """Sentences have no mean."""
 
-    def details(self, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    def details(self, texts: Mapping[str, str]) -> dict[str, Row]:
         """Per example: the share of words that occur, whether all do, and the number of words written."""
         check_ids(texts, self._words, self.name)
         coverage = {name: Keywords(self._words[name]).score_text(text) for name, text in texts.items()}
         return {
-            name: {"coverage": value, "all_words": float(value == 1), "length": len(texts[name].split())}
+            name: {
+                "text": texts[name],
+                "coverage": value,
+                "all_words": float(value == 1),
+                "length": len(texts[name].split()),
+            }
             for name, value in coverage.items()
         }
 
-    def score(self, texts: Mapping[str, str]) -> dict[str, float]:
+    def pool(self, rows: Sequence[Row]) -> dict[str, float]:
         """Coverage; share of texts with every word; distinct bigrams; share of texts with none of the words."""
-        rows = self.details(texts).values()
         values = {
             "coverage": float(np.mean([row["coverage"] for row in rows])),
             "all_words": float(np.mean([row["all_words"] for row in rows])),
-            "distinct_2": metrics.distinct_n(list(texts.values()), 2),
+            "distinct_2": metrics.distinct_n([row["text"] for row in rows], 2),
             "length": float(np.mean([row["length"] for row in rows])),
             "parse_failures": float(np.mean([row["coverage"] == 0 for row in rows])),
         }
         return {name: values[name] for name in self.metrics}
 
-    def baselines(self) -> dict[str, dict[str, float]]:
+    def baseline_rows(self) -> dict[str, dict[str, Row]]:
         """The bare list of words: full coverage, and no sentence. Coverage alone says nothing about the text."""
-        return {"word list": self.score({name: ", ".join(words) for name, words in self._words.items()})}
+        return {"word list": self.details({name: ", ".join(words) for name, words in self._words.items()})}

@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "old": {"learning_rate": 1e-6, "num_samples": 64, "epochs": 3, "num_generations": 4, "fewshot_ratio": 0.0,
             "reward": "old"},
     "large": {"learning_rate": 1e-5, "num_samples": 256, "epochs": 10, "num_generations": 4, "batch_size": 1},
-    "laptop": {"model": OFFLINE_MODEL, "learning_rate": 1e-3, "num_samples": 12, "epochs": 2, "fewshot_ratio": 1.0,
-               "fewshot_anneal": 0.7, "hide_examples": True, "other_ratio": 0.33, "max_new_tokens": 20,
+    "laptop": {"model": OFFLINE_MODEL, "learning_rate": 1e-3, "num_samples": 12, "epochs": 4, "fewshot_ratio": 1.0,
+               "fewshot_anneal": 0.5, "hide_examples": True, "other_ratio": 0.5, "max_new_tokens": 20,
                "temperature": 0.8, "kl_coeff": 0.03},
 }  # fmt: skip
 

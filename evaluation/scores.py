@@ -1,0 +1,198 @@
+"""Task metrics of finished runs, with intervals and paired differences: `python -m dts.evaluation.scores DIR ...`.
+
+Of every search, up to three answers are scored:
+
+    best        the completion that the method ranks first
+    weighted    all finished paths together, weighted as a sample of pi* = p exp(lambda reward) / Z: the median of each
+                step of a forecast, the label with the most weight (`Task.combine`). The weights are the tree's
+                (`Result.shares`) where the method has one, and exp(lambda reward) for independent draws from p
+    unweighted  the same with equal weights
+
+Intervals are 95 % bootstrap intervals over the task's clusters (series, subjects, prompts), each metric pooled again
+from every resample. Several seeds are averaged before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dts.errors import DTSError, UsageError
+from dts.evaluation import statistics
+from dts.evaluation.report.records import load_runs
+from dts.evaluation.results import Record
+from dts.evaluation.summary import markdown, number
+from dts.evaluation.tasks import load_task
+from dts.evaluation.tasks.base import Row, Task
+
+log = logging.getLogger(__name__)
+Rows = Mapping[str, Row]  # by example id
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One way to answer every example: a line of the table."""
+
+    label: str
+    seeds: Sequence[Rows]
+    tokens: float | None = None  # forwarded, per example; None where no language model is used
+    seconds: float | None = None
+
+    def metric(self, task: Task, name: str, ids: Sequence[str]) -> float:
+        """Mean over seeds of a metric over these examples, repeated ones counted as often as they occur."""
+        return float(np.mean([task.pool([rows[i] for i in ids])[name] for rows in self.seeds]))
+
+
+def tables(folders: Sequence[Path], against: Sequence[str] = (), resamples: int = 1000) -> dict[str, str]:
+    """A Markdown table for every data set, or group within it, of these run folders."""
+    runs = load_runs(folders)
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(run["dataset"] for one in runs for run in one.summary["runs"]):
+        parts = [one for one in runs if any(run["dataset"] == name for run in one.summary["runs"])]
+        task = _task(parts[0].summary, name)
+        answers = [
+            answer
+            for one in parts
+            for answer in _answers(task, name, one.samples, one.rollouts, one.summary["config"]["reward_scale"])
+        ]
+        baselines = [Answers(label, [rows]) for label, rows in task.baseline_rows().items()]
+        for group, ids in _groups(task, answers).items():
+            title = name if group is None else f"{name}, {group}"
+            found[f"{title} ({len(ids)} examples)"] = _table(task, [*answers, *baselines], ids, against, resamples)
+    return found
+
+
+def _task(summary: Record, name: str) -> Task:
+    """The task as it was in the run."""
+    config = summary["config"]
+    asked = next(one for one in config["datasets"] if load_task(one, data_dir=config["data_dir"]).name == name)
+    return load_task(asked, data_dir=config["data_dir"], num_samples=config["num_samples"], seed=config["data_seed"])
+
+
+def _answers(
+    task: Task, dataset: str, samples: Sequence[Record], rollouts: Sequence[Record], reward_scale: float
+) -> list[Answers]:
+    cells: dict[tuple[str, str], dict[int, list[Record]]] = {}
+    for sample in samples:
+        if sample["dataset"] == dataset:
+            cells.setdefault((sample["model"], sample["method"]), {}).setdefault(sample["seed"], []).append(sample)
+    paths: dict[tuple[Any, ...], list[Record]] = {}
+    for rollout in rollouts:
+        paths.setdefault(_key(rollout), []).append(rollout)
+    found = []
+    for (model, method), seeds in cells.items():
+        own = [sample for samples_of_seed in seeds.values() for sample in samples_of_seed]
+        cost = [float(np.mean([sample[key] for sample in own])) for key in ("forwarded_tokens", "time")]
+        for kind, text in _kinds(task, paths, reward_scale, own).items():
+            rows = [task.details({s["id"]: text(s) for s in of_seed}) for of_seed in seeds.values()]
+            found.append(Answers(f"{model} {method} {kind}", rows, *cost))
+    return found
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("model", "dataset", "method", "seed", "sample"))
+
+
+def _kinds(
+    task: Task, paths: Mapping[tuple[Any, ...], list[Record]], reward_scale: float, samples: Sequence[Record]
+) -> dict[str, Callable[[Record], str]]:
+    """How a sample's answer is read off, by kind; only `best` where there is one path or no way to combine."""
+    examples = {example.id: example for example in task.examples}
+
+    def combined(weights: Callable[[Record, Sequence[Record]], Sequence[float]]) -> Callable[[Record], str]:
+        def text(sample: Record) -> str:
+            own = sorted(paths[_key(sample)], key=lambda rollout: int(rollout["rollout_idx"]))
+            texts = [rollout["text"] for rollout in own]
+            return task.combine(examples[sample["id"]], texts, weights(sample, own)) or ""
+
+        return text
+
+    def as_target(sample: Record, own: Sequence[Record]) -> Sequence[float]:
+        if sample.get("shares") is not None:
+            return list(sample["shares"])
+        rewards = np.array([rollout["rollout_reward"] for rollout in own], float)
+        return list(np.exp(reward_scale * (rewards - rewards.max())))
+
+    kinds: dict[str, Callable[[Record], str]] = {"best": lambda sample: str(sample["text"])}
+    first = samples[0]
+    if all(sample["rollouts"] > 1 for sample in samples) and task.combine(examples[first["id"]], [], []) is not None:
+        kinds |= {"weighted": combined(as_target), "unweighted": combined(lambda _, own: [1.0] * len(own))}
+    return kinds
+
+
+def _groups(task: Task, answers: Sequence[Answers]) -> dict[Hashable, list[str]]:
+    """Ids that every seed of every line has, by group (None for all); one entry where the task has no groups."""
+    shared = set.intersection(*(set(rows) for answer in answers for rows in answer.seeds))
+    ids = [example.id for example in task.examples if example.id in shared]
+    if not ids:
+        raise UsageError("no example is finished in all of these runs; give runs over the same examples")
+    groups: dict[Hashable, list[str]] = {None: ids}
+    names = getattr(task, "groups", {})
+    for name in ids if len(set(names.values())) > 1 else ():
+        groups.setdefault(names[name], []).append(name)
+    return groups
+
+
+def _table(task: Task, answers: Sequence[Answers], ids: Sequence[str], against: Sequence[str], resamples: int) -> str:
+    head, *others = task.metrics
+    references = [_named(answers, label) for label in against]
+    clusters = [task.clusters[name] for name in ids]
+    lines = []
+    for answer in answers:
+        log.info("%s", answer.label)
+
+        def interval(statistic: Callable[[np.ndarray], float]) -> str:
+            found = statistics.bootstrap(statistic, list(ids), clusters=clusters, resamples=resamples)
+            return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+
+        def value(chosen: np.ndarray, one: Answers = answer) -> float:
+            return one.metric(task, head, chosen.tolist())
+
+        def minus(other: Answers) -> Callable[[np.ndarray], float]:
+            return lambda chosen: value(chosen) - value(chosen, other)
+
+        pooled = [answer.metric(task, name, ids) for name in others]
+        differences = ["-" if other is answer else interval(minus(other)) for other in references]
+        cost = [number(answer.tokens, 0), number(answer.seconds, 1)]
+        lines.append([answer.label, interval(value), *map(number, pooled), *differences, *cost])
+    minuses = [f"{head} - that of {other.label}" for other in references]
+    return markdown(["answers", f"{head} ({task.metrics[head]})", *others, *minuses, "tokens", "s"], lines)
+
+
+def _named(answers: Sequence[Answers], label: str) -> Answers:
+    found = [answer for answer in answers if answer.label.endswith(label)]
+    if len(found) != 1:
+        known = ", ".join(answer.label for answer in answers)
+        raise UsageError(f"--against {label!r} names {len(found)} lines; give the end of one of: {known}")
+    return found[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m dts.evaluation.scores", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="run folder")
+    parser.add_argument("--against", metavar="LINE", nargs="+", default=[],
+                        help="end of the name of a line: adds the difference to it, paired by example")  # fmt: skip
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.resamples < 100:
+            raise UsageError(f"--resamples {options.resamples} is too few for an interval; give 100 or more")
+        for title, table in tables(options.folders, options.against, options.resamples).items():
+            print(f"{title}:\n\n{table}\n")
+    except DTSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
