@@ -9,7 +9,7 @@ INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constrain
 DEPENDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench bench-check docs fetch clean
+.PHONY: help run test lint bench bench-check adapters docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -33,6 +33,14 @@ bench: $(VENV)/.installed-dev  ## pytest-benchmark speed checks, tiny models
 
 bench-check: bench  ## bench, then fail where a ratio is worse than benchmarks/baseline.json allows
 	$(RUN) benchmarks/check.py
+
+adapters: $(VENV)/.installed-dev  ## train the adapters of har-zero and m4-full on DATA=FOLDER (about an hour on two cores)
+	@test -n "$(DATA)" || { echo 'DATA is missing: make adapters DATA=FOLDER, a folder that docs/tasks.md describes'; exit 2; }
+	$(RUN) -m dts fetch
+	$(RUN) -m dts.evaluation.tasks.sft har-zero --data-dir $(DATA) --output adapters/har_rows.jsonl
+	$(RUN) -m dts.evaluation.tasks.sft m4-full --data-dir $(DATA) --output adapters/m4_rows.jsonl
+	$(RUN) -m dts.training train --config configs/experiments/adapter_har.yaml --resume-from-checkpoint auto
+	$(RUN) -m dts.training train --config configs/experiments/adapter_m4.yaml --resume-from-checkpoint auto
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

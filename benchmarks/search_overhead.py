@@ -20,7 +20,7 @@ import torch
 
 import dts
 from dts.evaluation.tasks import load_task
-from dts.models.huggingface import TreeSession
+from dts.models.sessions import TreeSession
 from dts.search import METHODS, Search
 from dts.settings import Decoding
 

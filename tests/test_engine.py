@@ -11,7 +11,8 @@ from families import FAMILIES, SLOW_FAMILIES, ByteTokenizer, random_model
 
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
-from dts.models.huggingface import HFModel, RecomputeSession, TreeSession, full_logits
+from dts.models.huggingface import HFModel
+from dts.models.sessions import RecomputeSession, TreeSession, full_logits
 
 PROMPT = [13, 5, 7, 11, 13, 17, 19, 23]
 

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from dts.lm import PROMPT_SLOT
-from dts.models.huggingface import HFModel, full_logits
+from dts.models.huggingface import HFModel
+from dts.models.sessions import full_logits
 from dts.models.table import TableModel, random_logits
 from dts.rewards import Context, Finished, clip, gate, minimum, weighted_sum
 from dts.search.loop import Search

@@ -322,7 +322,7 @@ def test_coherence_looks_at_form_repetition_and_surprise():
 
 
 def log_p(lm, ids, token):
-    from dts.models.huggingface import full_logits
+    from dts.models.sessions import full_logits
 
     return full_logits(lm, ids)[0].double().log_softmax(-1)[token].item()
 

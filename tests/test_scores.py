@@ -90,7 +90,7 @@ def test_clusters_are_resampled_whole_and_differences_are_paired(tmp_path, har):
     good = {n: [(said(right[n]) if task.clusters[n] != subjects[0] else "?", 1.0)] for n in right}
     first = run_folder(tmp_path / "a", "har", data, "greedy", good)
     second = run_folder(tmp_path / "b", "har", data, "beam", good)
-    (table,) = tables([first, second], ["greedy [A] best"], resamples=400).values()
+    (table,) = tables([first, second], ["greedy [A] best"], resamples=100).values()
     found = cells(table)
     middle, low, high = value(found["m greedy [A] best"][0])
     # One of three subjects is never parsed. 8 of 27 draws lack it; no draw of single windows would lack all five.

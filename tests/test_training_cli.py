@@ -114,7 +114,8 @@ def test_nothing_starts_while_one_of_the_runs_has_bad_input(files, nothing_runs)
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_configs_of_the_repository(file, nothing_runs):
     config = from_mapping(cli.read_config(file))
-    assert (config.name, config.seed, config.model) == (file.stem, 42, "Qwen/Qwen3-8B")
+    model = "smollm2-135m" if file.stem.startswith("adapter_") else "Qwen/Qwen3-8B"
+    assert (config.name, config.seed, config.model) == (file.stem, 42, model)
     if config.method == "grpo":
         grpo = config.grpo
         assert (grpo.kl_coeff, grpo.temperature, grpo.n_generations, config.learning_rate) == (0.1, 0.8, 4, 1e-5)
