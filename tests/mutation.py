@@ -28,7 +28,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "dts.decoding", "dts.results", "dts.rewards", "dts.settings", "dts.softvalue", "dts.text", "dts.timeout",
-    "dts.tree", "dts.search.beam", "dts.search.consensus", "dts.search.lookahead", "dts.search.loop", "dts.search.maxent",
+    "dts.tree", "dts.search.beam", "dts.search.consensus", "dts.search.lookahead", "dts.search.loop",
+    "dts.search.maxent",
     "dts.search.mcts", "dts.search.particles", "dts.search.partition", "dts.search.sampling", "dts.search.segments",
     "dts.search.target", "dts.search.walkers",
 )  # fmt: skip
