@@ -8,14 +8,13 @@ Of every search, up to three answers are scored:
                 (`Result.shares`) where the method has one, and exp(lambda reward) for independent draws from p
     unweighted  the same with equal weights
 
-Intervals are 95 % bootstrap intervals over the task's clusters (series, subjects, prompts), each metric pooled again
-from every resample. Several seeds are averaged before that.
+Intervals are 95 % percentile bootstrap intervals over the task's clusters (series, subjects, prompts), the metric
+pooled again from every resample; all lines share the resamples. Several seeds are averaged before that.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from dts.evaluation.summary import markdown, number
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Row, Task
 
-log = logging.getLogger(__name__)
 Rows = Mapping[str, Row]  # by example id
 
 
@@ -144,24 +142,31 @@ def _table(task: Task, answers: Sequence[Answers], ids: Sequence[str], against: 
     head, *others = task.metrics
     references = [_named(answers, label) for label in against]
     clusters = [task.clusters[name] for name in ids]
-    lines = []
-    for answer in answers:
-        log.info("%s", answer.label)
+    # One set of resamples for all lines: each is pooled once, and differences are paired.
+    drawn = [np.array(ids)[rows].tolist() for rows in statistics.resamples(len(ids), clusters, count=resamples)]
+    values = {one.label: np.array([one.metric(task, head, chosen) for chosen in drawn]) for one in answers}
+    exact = {one.label: one.metric(task, head, ids) for one in answers}
 
-        def interval(statistic: Callable[[np.ndarray], float]) -> str:
-            found = statistics.bootstrap(statistic, list(ids), clusters=clusters, resamples=resamples)
-            return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+    def cell(value: float, resampled: np.ndarray) -> str:
+        if len(set(clusters)) < 2:
+            return number(value)
+        low, high = statistics.percentiles(resampled)
+        return f"{number(value)} [{number(low)}, {number(high)}]"
 
-        def value(chosen: np.ndarray, one: Answers = answer) -> float:
-            return one.metric(task, head, chosen.tolist())
+    def minus(one: str, other: str) -> str:
+        return "-" if one == other else cell(exact[one] - exact[other], values[one] - values[other])
 
-        def minus(other: Answers) -> Callable[[np.ndarray], float]:
-            return lambda chosen: value(chosen) - value(chosen, other)
-
-        pooled = [answer.metric(task, name, ids) for name in others]
-        differences = ["-" if other is answer else interval(minus(other)) for other in references]
-        cost = [number(answer.tokens, 0), number(answer.seconds, 1)]
-        lines.append([answer.label, interval(value), *map(number, pooled), *differences, *cost])
+    lines = [
+        [
+            one.label,
+            cell(exact[one.label], values[one.label]),
+            *(number(one.metric(task, name, ids)) for name in others),
+            *(minus(one.label, other.label) for other in references),
+            number(one.tokens, 0),
+            number(one.seconds, 1),
+        ]
+        for one in answers
+    ]
     minuses = [f"{head} - that of {other.label}" for other in references]
     return markdown(["answers", f"{head} ({task.metrics[head]})", *others, *minuses, "tokens", "s"], lines)
 

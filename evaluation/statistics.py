@@ -59,9 +59,24 @@ def bootstrap(
     low, high = (float(end) for end in result.confidence_interval)
     if math.isnan(low) or math.isnan(high):
         # BCa has no acceleration or bias where the jackknife or all resamples agree; percentiles always exist.
-        tail = 50 * (1 - level)
-        low, high = (float(end) for end in np.percentile(result.bootstrap_distribution, [tail, 100 - tail]))
+        low, high = percentiles(result.bootstrap_distribution, level)
     return Interval(value, low, high)
+
+
+def resamples(
+    items: int, clusters: Sequence[Hashable] | None = None, *, count: int = 2000, seed: int = 0
+) -> list[np.ndarray]:
+    """Row numbers of `count` bootstrap samples: what `bootstrap` draws. For many statistics of the same samples."""
+    units = _units(items, clusters)
+    chosen = np.random.default_rng(seed).integers(len(units), size=(count, len(units)))
+    return [np.concatenate([units[unit] for unit in row]) for row in chosen]
+
+
+def percentiles(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of a statistic's values over bootstrap samples."""
+    tail = 50 * (1 - level)
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def mean(values: np.ndarray) -> float:

@@ -93,8 +93,9 @@ def test_clusters_are_resampled_whole_and_differences_are_paired(tmp_path, har):
     (table,) = tables([first, second], ["greedy [A] best"], resamples=100).values()
     found = cells(table)
     middle, low, high = value(found["m greedy [A] best"][0])
-    # One of three subjects is never parsed. 8 of 27 draws lack it; no draw of single windows would lack all five.
-    assert high == 1.0 and 0 < low < middle < 1
+    # One of three subjects is never parsed. 8 of 27 draws lack it, 1 of 27 has nothing else; no draw of single windows
+    # would be either.
+    assert (low, high) == (0.0, 1.0) and 0 < middle < 1
     assert found["m greedy [A] best"][4] == "-"
     assert value(found["m beam [B] best"][4]) == (0.0, 0.0, 0.0)  # the same answers differ in no resample
     assert value(found["verifier alone"][4])[0] == pytest.approx(
