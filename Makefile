@@ -34,7 +34,7 @@ bench: $(VENV)/.installed-dev  ## pytest-benchmark speed checks, tiny models
 bench-check: bench  ## bench, then fail where a ratio is worse than benchmarks/baseline.json allows
 	$(RUN) benchmarks/check.py
 
-adapters: $(VENV)/.installed-dev  ## train the adapters of har-zero and m4-full on DATA=FOLDER (about an hour on two cores)
+adapters: $(VENV)/.installed-dev  ## train the adapters of har-zero and m4-full on DATA=FOLDER (hours on a CPU)
 	@test -n "$(DATA)" || { echo 'DATA is missing: make adapters DATA=FOLDER, a folder that docs/tasks.md describes'; exit 2; }
 	$(RUN) -m dts fetch
 	$(RUN) -m dts.evaluation.tasks.sft har-zero --data-dir $(DATA) --output adapters/har_rows.jsonl

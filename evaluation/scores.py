@@ -19,17 +19,18 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation import statistics
+from dts.evaluation.plan import Job
 from dts.evaluation.report.records import load_runs
 from dts.evaluation.results import Record
 from dts.evaluation.summary import markdown, number
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Row, Task
+from dts.evaluation.tasks.registry import read_task_file
 
 Rows = Mapping[str, Row]  # by example id
 
@@ -70,7 +71,7 @@ def tables(folders: Sequence[Path], against: Sequence[str] = (), resamples: int 
 def _task(summary: Record, name: str) -> Task:
     """The task as it was in the run."""
     config = summary["config"]
-    asked = next(one for one in config["datasets"] if load_task(one, data_dir=config["data_dir"]).name == name)
+    asked = next(one for one in config["datasets"] if read_task_file(one).name == name)
     return load_task(asked, data_dir=config["data_dir"], num_samples=config["num_samples"], seed=config["data_seed"])
 
 
@@ -81,9 +82,9 @@ def _answers(
     for sample in samples:
         if sample["dataset"] == dataset:
             cells.setdefault((sample["model"], sample["method"]), {}).setdefault(sample["seed"], []).append(sample)
-    paths: dict[tuple[Any, ...], list[Record]] = {}
+    paths: dict[Job, list[Record]] = {}
     for rollout in rollouts:
-        paths.setdefault(_key(rollout), []).append(rollout)
+        paths.setdefault(Job.of(rollout), []).append(rollout)
     found = []
     for (model, method), seeds in cells.items():
         own = [sample for samples_of_seed in seeds.values() for sample in samples_of_seed]
@@ -94,19 +95,15 @@ def _answers(
     return found
 
 
-def _key(record: Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("model", "dataset", "method", "seed", "sample"))
-
-
 def _kinds(
-    task: Task, paths: Mapping[tuple[Any, ...], list[Record]], reward_scale: float, samples: Sequence[Record]
+    task: Task, paths: Mapping[Job, list[Record]], reward_scale: float, samples: Sequence[Record]
 ) -> dict[str, Callable[[Record], str]]:
     """How a sample's answer is read off, by kind; only `best` where there is one path or no way to combine."""
     examples = {example.id: example for example in task.examples}
 
     def combined(weights: Callable[[Record, Sequence[Record]], Sequence[float]]) -> Callable[[Record], str]:
         def text(sample: Record) -> str:
-            own = sorted(paths[_key(sample)], key=lambda rollout: int(rollout["rollout_idx"]))
+            own = sorted(paths[Job.of(sample)], key=lambda rollout: int(rollout["rollout_idx"]))
             texts = [rollout["text"] for rollout in own]
             return task.combine(examples[sample["id"]], texts, weights(sample, own)) or ""
 
