@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dts.settings import Budget
     from dts.timeout import with_timeout
 
-__version__ = "0.1.0"
+    __version__: str
 
 # Public names and where they live. Imported on first use: `import dts` must stay quick.
 _HOMES = {
@@ -64,9 +64,21 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'dts' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    """Of the installed package, which has it from git's tags; "0.0" in a checkout that was not installed."""
+    from importlib import metadata  # slow to import
+
+    try:
+        return metadata.version("maxent-decoding")
+    except metadata.PackageNotFoundError:
+        return "0.0"
 
 
 def __dir__() -> list[str]:

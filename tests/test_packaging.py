@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -89,10 +90,6 @@ def test_the_linter_forbids_the_bare_names():
     assert done.stdout.count("TID251") == 2 and "Import dts.search" in done.stdout
 
 
-def test_the_version_is_one():
-    assert project()["version"] == dts.__version__
-
-
 def test_every_dependency_is_pinned_within_its_range():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -109,44 +106,131 @@ def test_every_dependency_is_pinned_within_its_range():
         assert wanted.specifier.contains(versions[normal(wanted.name)]), text
 
 
+# -- version, sdist and wheel ------------------------------------------------------------------------------------------
+
+
+def needs_build_tools() -> None:
+    missing = [name for name in ("build", "setuptools_scm", "twine") if importlib.util.find_spec(name) is None]
+    if missing or shutil.which("git") is None:
+        pytest.skip(f"needs git and the dev extra ({', '.join(missing) or 'no git'})")
+    if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("needs setuptools>=77, which is part of the dev extra")
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "SETUPTOOLS_SCM_"))}
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False, env=clean)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def git(folder: Path, *command: str) -> str:
+    return run(
+        folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false", *command
+    )
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", "a change")
+
+
+def version_of(folder: Path) -> str:
+    return run(folder, sys.executable, "-W", "ignore", "-m", "setuptools_scm").splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the tree, with the setuptools at hand."""
-    try:
-        setuptools = importlib.metadata.version("setuptools")
-    except importlib.metadata.PackageNotFoundError:
-        setuptools = "0"
-    if int(setuptools.split(".")[0]) < 77 or importlib.util.find_spec("pip") is None:
-        pytest.skip("building a wheel here needs pip and setuptools>=77, which is part of the dev extra")
-    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """An sdist and the wheel made of it, from a copy of the tree with a tag and a file that is no part of the library."""
+    needs_build_tools()
+    copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
     for folder in ("dts", *LINKED):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / file, copy / file)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "-w", str(out), str(copy)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_nothing.py").touch()
+    git(copy, "init", "--quiet")
+    commit(copy)
+    git(copy, "tag", "v7.8.9")
+    run(copy, sys.executable, "-m", "build", "--no-isolation", "--outdir", out)
+    return {"wheel": next(out.glob("*.whl")), "sdist": next(out.glob("*.tar.gz"))}
 
 
-def test_a_wheel_holds_the_whole_library_under_dts_and_nothing_else(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names} == {"dts", f"maxent_decoding-{dts.__version__}.dist-info"}
+def test_the_version_is_that_of_the_tag(built):
+    assert built["sdist"].name == "maxent_decoding-7.8.9.tar.gz"
+    assert built["wheel"].name == "maxent_decoding-7.8.9-py3-none-any.whl"
+    assert run(built["wheel"].parent, sys.executable, "-m", "twine", "--no-color", "check", "--strict", *built.values())
+
+
+def library() -> set[str]:
+    """What a wheel must hold: the files that git would track, under dts/."""
     core = {file.relative_to(ROOT).as_posix() for file in sources("dts")}
-    linked = {f"dts/{file.relative_to(ROOT).as_posix()}" for folder in LINKED for file in sources(folder)}
-    data = {f"dts/{p.relative_to(ROOT).as_posix()}" for f in LINKED for p in (ROOT / f).rglob("*.yaml")}
-    assert core | linked | data | {"dts/py.typed"} <= names
-    assert any(name.endswith("/LICENSE") for name in names)
+    kinds = (".py", ".yaml", ".html", ".css", ".js")
+    files = [p for folder in LINKED for p in (ROOT / folder).rglob("*") if p.suffix in kinds]
+    linked = {f"dts/{p.relative_to(ROOT).as_posix()}" for p in files if "results" not in p.parts}
+    return core | linked | {"dts/py.typed"}
 
 
-def test_the_wheel_works_from_another_folder(wheel, tmp_path):
+def test_a_wheel_holds_the_whole_library_under_dts_and_nothing_else(built):
+    names = zipfile.ZipFile(built["wheel"]).namelist()
+    about = "maxent_decoding-7.8.9.dist-info"
+    assert {name for name in names if not name.startswith(about)} == library()
+    assert len(set(names)) == len(names) and f"{about}/licenses/LICENSE" in names
+
+
+def test_an_sdist_holds_real_files_and_nothing_else(built):
+    with tarfile.open(built["sdist"]) as archive:
+        members = archive.getmembers()
+    assert all(member.isfile() or member.isdir() for member in members)  # no links
+    names = {member.name.split("/", 1)[1] for member in members if member.isfile()}
+    written = {name for name in names if name.startswith("maxent_decoding.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    texts = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
+    assert names - written - texts == library() and texts - {"MANIFEST.in"} <= names
+
+
+def test_the_wheel_works_from_another_folder(built, tmp_path):
     code = (
         "import dts, dts.fetch, dts.search, dts.models.registry as r\n"
-        "print(dts.__file__, len(r.MODEL_CONFIGS), dts.search.MaxEnt.__module__)"
+        "print(dts.__version__, dts.__file__, len(r.MODEL_CONFIGS), dts.search.MaxEnt.__module__)"
     )
-    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    wheel = str(built["wheel"])
+    environment = os.environ | {"PYTHONPATH": wheel}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(wheel)) and "dts.search.maxent" in done.stdout
+    assert done.stdout.startswith(f"7.8.9 {wheel}") and "dts.search.maxent" in done.stdout
+
+
+def test_every_way_to_get_the_sources_has_a_version(tmp_path):
+    needs_build_tools()
+    project, clone, plain, export = (tmp_path / name for name in ("project", "clone", "plain", "export"))
+    project.mkdir()
+    for file in ("pyproject.toml", ".gitattributes", ".git_archival.txt"):
+        shutil.copy(ROOT / file, project / file)
+    shutil.copytree(project, plain)
+    assert version_of(plain) == "0.0"  # a copy without .git
+    git(project, "init", "--quiet")
+    commit(project)
+    commit(project)
+    assert re.fullmatch(r"0\.1\.dev2\+g[0-9a-f]+", version_of(project))  # no tags yet
+    git(tmp_path, "clone", "--quiet", "--depth", "1", project.as_uri(), str(clone))
+    assert re.fullmatch(r"0\.1\.dev1\+g[0-9a-f]+", version_of(clone))  # CI's kind of clone
+    git(project, "tag", "v0.3.0")
+    assert version_of(project) == "0.3.0"
+    export.mkdir()
+    git(project, "archive", "--output", str(tmp_path / "export.tar"), "HEAD")
+    with tarfile.open(tmp_path / "export.tar") as archive:
+        archive.extractall(export, filter="data")
+    assert version_of(export) == "0.3.0"  # what a hosting site offers as source code of a release
+    commit(project)
+    assert re.fullmatch(r"0\.3\.1\.dev1\+g[0-9a-f]+", version_of(project))
+
+
+def test_an_installed_copy_says_the_version_of_its_metadata():
+    try:
+        installed = importlib.metadata.version("maxent-decoding")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "0.0"
+    assert dts.__version__ == installed

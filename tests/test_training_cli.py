@@ -47,6 +47,7 @@ def nothing_runs(monkeypatch):
         (["--set", "lora.rank=2"], r"unknown config key lora\.rank; known keys are r, alpha"),
         (["--set", "lora=2"], "lora is 2; give keys and values"),
         (["--set", "lora.r"], "is no assignment; write key=value"),
+        (["--set", "completion_only_loss=no way"], r"completion_only_loss='no way' is not allowed; give true or false"),
         (["--set", "learning_rate=-1"], r"learning_rate=-1\.0 is not allowed; give a finite number > 0"),
         (["--set", "batch_size=2.5"], r"batch_size=2\.5 is not allowed; give a whole number"),
         (["--set", "method=dpo"], "method='dpo' is not allowed; give sft, polychromic, grpo"),

@@ -310,6 +310,8 @@ def test_rows_are_encoded_as_the_decoder_asks(tmp_path, caplog):
             "input_ids": [*prompt, *response, 0], "labels": [IGNORED] * len(prompt) + [*response, 0],
         }]  # fmt: skip
     assert "1 of 2 rows left out" in caplog.text
+    whole = encode_rows(rows, model, tokenizer, 40, completion_only_loss=False)[0]
+    assert whole["labels"] == whole["input_ids"] == [*prompt, *response, 0]
     cut = encode_rows(rows, model, tokenizer, len(prompt) + 1)[0]
     assert cut["labels"] == [IGNORED] * len(prompt) + response[:1]
     with pytest.raises(dts.UsageError, match="every prompt is longer than max_length=3"):

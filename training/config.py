@@ -147,6 +147,7 @@ class TrainConfig:
     batch_size: int = 4  # sequences per forward and backward pass
     accumulation: int = 4  # passes per optimizer step; GRPO raises it until groups fit
     max_length: int = 512  # tokens of prompt and response together; longer responses are cut
+    completion_only_loss: bool = True  # sft: the loss is of the response; false: of the prompt too
     save_steps: int | None = None  # optimizer steps between checkpoints; None: one each epoch
     lora: LoraSettings = field(default_factory=LoraSettings)
     polychromic: PolychromicSettings = field(default_factory=PolychromicSettings)
@@ -161,6 +162,8 @@ class TrainConfig:
         _check("", "warmup_ratio", self.warmup_ratio, lambda v: 0 <= v < 1, "a number in [0, 1)")
         _at_least_one(self, "", "batch_size", "accumulation", "max_length", "max_steps", "max_rows", "save_steps")
         _one_of(self, "", "schedule", SCHEDULES)
+        if not self.completion_only_loss and self.method != "sft":
+            raise UsageError(f"completion_only_loss=false is for method: sft, not {self.method}; leave it out")
 
     @property
     def warm_start(self) -> str | None:
@@ -257,7 +260,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if isinstance(items, Sequence) and all(isinstance(item, str) for item in items):
             return tuple(items)
         raise UsageError(f"{key}={value!r} is not allowed; give text or a list of texts")
-    if kind is str and isinstance(value, str):
+    if (kind is str and isinstance(value, str)) or (kind is bool and isinstance(value, bool)):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -266,5 +269,5 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    names = {str: "text", int: "a whole number", float: "a number"}
+    names = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     raise UsageError(f"{key}={value!r} is not allowed; give {names[kind]}")

@@ -17,8 +17,10 @@ log = logging.getLogger(__name__)
 IGNORED = -100  # label of a token without loss
 
 
-def encode_rows(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """Ids and labels of prompt + response + EOS; the prompt has no loss, and a long response is cut.
+def encode_rows(
+    rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int, completion_only_loss: bool = True
+) -> list[dict[str, list[int]]]:
+    """Ids and labels of prompt + response + EOS; a long response is cut, and only it has a loss unless asked otherwise.
 
     The prompt is encoded as `dts.decode` encodes it, so that the model is asked later what it was taught. Rows whose
     prompt fills `max_length` are left out, with a warning.
@@ -29,7 +31,8 @@ def encode_rows(rows: Sequence[Row], model: Any, tokenizer: Any, max_length: int
         response = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = (prompt + response)[:max_length]
         if len(prompt) < max_length:
-            examples.append({"input_ids": ids, "labels": ([IGNORED] * len(prompt) + response)[:max_length]})
+            silent = len(prompt) if completion_only_loss else 0
+            examples.append({"input_ids": ids, "labels": [IGNORED] * silent + ids[silent:]})
     if not examples:
         raise UsageError(f"every prompt is longer than max_length={max_length}; raise max_length")
     if len(examples) < len(rows):
@@ -68,10 +71,11 @@ def build_sft(
     from trl import SFTConfig, SFTTrainer
 
     score_labels_only()
+    examples = encode_rows(rows, model, tokenizer, config.max_length, config.completion_only_loss)
     return (trainer or SFTTrainer)(
         model=model,
         args=SFTConfig(**arguments, max_length=None),
-        train_dataset=Dataset.from_list(encode_rows(rows, model, tokenizer, config.max_length)),
+        train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[Watch(config.model)],
