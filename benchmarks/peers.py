@@ -213,11 +213,9 @@ def llamppl(lm: HFModel, paths: int) -> dict[str, Run]:
     }
 
 
-def its_hub(lm: HFModel, paths: int) -> dict[str, Run]:
-    from its_hub import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel, BestOfN
-    from its_hub.core.algorithms.particle_gibbs import ParticleFiltering
-    from its_hub.core.lms.step_generation import StepGeneration
-    from its_hub.core.orchestrator import LMOrchestrator
+def its_hub_server(lm: HFModel) -> Any:
+    """Class of servers that answer by `lm`."""
+    from its_hub import AbstractLanguageModel
 
     @dataclass
     class Server(AbstractLanguageModel):
@@ -260,6 +258,13 @@ def its_hub(lm: HFModel, paths: int) -> dict[str, Run]:
             self.returned += new.numel()
             return [{"role": "assistant", "content": text} for text in lm.tokenizer.batch_decode(new)]
 
+    return Server
+
+
+def its_hub_rewards() -> tuple[Any, Any]:
+    """`reward` of whole answers, and of steps."""
+    from its_hub import AbstractOutcomeRewardModel, AbstractProcessRewardModel
+
     class Whole(AbstractOutcomeRewardModel):
         def score(self, messages: Any, **options: Any) -> list[float]:
             return [reward(conversation[-1].content) for conversation in messages]
@@ -274,18 +279,29 @@ def its_hub(lm: HFModel, paths: int) -> dict[str, Run]:
         async def ascore(self, prompt: Any, steps: list[str]) -> list[float]:
             return self.score(prompt, steps)
 
+    return Whole(), Steps()
+
+
+def its_hub(lm: HFModel, paths: int) -> dict[str, Run]:
+    from its_hub import BestOfN
+    from its_hub.core.algorithms.particle_gibbs import ParticleFiltering
+    from its_hub.core.lms.step_generation import StepGeneration
+    from its_hub.core.orchestrator import LMOrchestrator
+
+    server_class, (whole, by_steps) = its_hub_server(lm), its_hub_rewards()
+
     def best_of_n(ids: list[int], tokens: int, batched: bool) -> int:
-        server = Server(batched, tokens)
-        algorithm = BestOfN(Whole(), LMOrchestrator(max_concurrency=-1))
+        server = server_class(batched, tokens)
+        algorithm = BestOfN(whole, LMOrchestrator(max_concurrency=-1))
         result = algorithm.infer(server, lm.decode(ids), paths, return_response_only=False)
         assert len(result.responses) == paths
         return server.returned
 
     def particle_filter(ids: list[int], tokens: int) -> int:
-        server = Server(batched=True)
+        server = server_class(batched=True)
         # It makes one step more than max_steps.
         steps = StepGeneration(max_steps=tokens // STEP - 1, tokens_per_step=STEP, temperature=1.0)
-        found = ParticleFiltering(steps, Steps()).infer(server, lm.decode(ids), paths, return_response_only=False)
+        found = ParticleFiltering(steps, by_steps).infer(server, lm.decode(ids), paths, return_response_only=False)
         assert len(found.responses) == paths
         return server.returned
 

@@ -245,8 +245,28 @@ def test_m4_horizon_cap_and_full_horizon(tmp_path):
 
 def test_series_without_test_values_are_left_out_or_refused(tmp_path):
     assert len(load_task("m4", data_dir=write_m4(tmp_path, ["", "1 2 3", "1 2 3", "1 2 3"])).examples) == 3
-    with pytest.raises(UsageError, match="no series in the data has test values"):
+    with pytest.raises(UsageError, match="no series in the data has values to score against"):
         load_task("m4", data_dir=write_m4(tmp_path, [""] * 4))
+
+
+def test_validation_forecasts_training_values_and_never_sees_the_test_values(tmp_path):
+    file = str(Path(__file__).parents[1] / "configs/tasks/m4_validation.yaml")
+    whole = load_task("m4-full", data_dir=write_m4(tmp_path / "a"))
+    held = load_task(file, data_dir=tmp_path / "a")
+    other = load_task(file, data_dir=write_m4(tmp_path / "b", ["9 9 9"] * 4))
+    for example in whole.examples:
+        history, steps = example.inputs.history, example.inputs.steps
+        past = next(one.inputs for one in held.examples if one.id == example.id)
+        np.testing.assert_array_equal(past.history, history[:-steps])
+        np.testing.assert_array_equal(held._references[example.id], history[-steps:])
+        np.testing.assert_array_equal(other._references[example.id], history[-steps:])
+    assert [e.prompt for e in held.examples] == [e.prompt for e in other.examples]
+    write_m4(tmp_path / "c")
+    short = (tmp_path / "c" / "m4_subset.csv.gz").read_bytes()
+    text = gzip.decompress(short).decode().replace("Quarterly,4,3,", "Quarterly,30,3,")
+    (tmp_path / "c" / "m4_subset.csv.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(UsageError, match="no series in the data has values to score against"):
+        load_task(file, data_dir=tmp_path / "c")
 
 
 def test_digits_have_a_fixed_width_and_invert():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ class Options:
     horizon_cap: int | None
     spaced: bool = False
     cuts: int = 8  # training rows per series
+    validation: bool = False  # forecast the last training values and never see the test values: to choose settings
 
 
 def load(file: TaskFile, *, data_dir: str | Path | None, num_samples: int | None, seed: int) -> ForecastTask:
@@ -61,11 +63,14 @@ class ForecastTask(Task):
         self._file, self._seed = file, seed
         self._options = options = Options(**file.options)
         self._digits = Digits(options.width, options.low, options.high, options.spaced)
+        if options.validation:
+            series = [self._held_back(one) for one in series]
         scored = [one for one in series if len(one.future)]
         if len(scored) < len(series):
-            log.info("%d of %d series have no test values and are left out", len(series) - len(scored), len(series))
+            log.info("%d of %d series have no values to score against and are left out",
+                     len(series) - len(scored), len(series))  # fmt: skip
         if not scored:
-            raise UsageError(f"task {self.name!r}: no series in the data has test values to score against")
+            raise UsageError(f"task {self.name!r}: no series in the data has values to score against")
         chosen = [scored[i] for i in choose([one.frequency for one in scored], num_samples, seed, self.name)]
         self._training = [(one.id, one.history, self._steps(one)) for one in series]
         self.examples: Sequence[Example] = [self._example(one) for one in chosen]
@@ -76,6 +81,13 @@ class ForecastTask(Task):
 
     def _steps(self, one: Series) -> int:
         return min(one.horizon, self._options.horizon_cap or one.horizon)
+
+    def _held_back(self, one: Series) -> Series:
+        """The series before its last steps, which are its future now; no future where two seasons would not be left."""
+        steps = self._steps(one)
+        if len(one.history) < steps + 2 * one.season + 2:
+            return dataclasses.replace(one, future=one.history[:0])
+        return dataclasses.replace(one, history=one.history[:-steps], future=one.history[-steps:])
 
     def _example(self, one: Series) -> Example:
         steps = self._steps(one)
