@@ -90,11 +90,13 @@ class Beam:
                 paths = [[Walker(search.rng(next(indices)), n) for n in self._spread(g.live)] for g in groups]
                 yield from grow(search, records, [walker for of_group in paths for walker in of_group], self.segment)
                 if search.exhausted():
+                    search.cut_short = True
                     return
                 proposals = [list(dict.fromkeys(w.node for w in of_group)) for of_group in paths]
             for group, nodes in zip(groups, proposals, strict=True):
                 self._select(search, records, group, nodes)
             if search.exhausted():
+                search.cut_short = any(group.live for group in groups)
                 return
             groups = [group for group in groups if group.live]
 

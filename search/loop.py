@@ -68,6 +68,7 @@ class Search:
         self.log_weights: dict[int, float] | None = None
         # Set by methods that do not rank completions by reward alone: sort keys of leaves, best highest.
         self.rank: Callable[[Sequence[int]], Sequence[tuple[float, ...]]] | None = None
+        self.cut_short = False  # set by plans that end because a budget is used up with paths still under way
         self.rollouts: list[Rollout] = []
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
@@ -329,4 +330,4 @@ def run(search: Search, method: Method) -> Result:
         if search.exhausted(next_tokens=len(nodes)):
             return search.result(method, partial=True)
         search.evaluate(nodes)
-    return search.result(method, partial=False)
+    return search.result(method, partial=search.cut_short)

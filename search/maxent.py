@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class MaxEnt:
     """Maximum-entropy tree search.
 
-    rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (DTS*).
+    rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (`DTS*`).
     explore: share of rollouts that follow p instead of the values (but still finish nothing twice).
-    widening: a node that n paths entered may have up to n ** widening children (progressive widening, Coulom 2007), and
-    one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
+    widening: a node that n paths entered may have up to `n ** widening` children (progressive widening, Coulom 2007),
+    and one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
     not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
-    sharpness: DTS* only, paths are led by the soft values at sharpness * lambda.
-    bonus: DTS* only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
+    sharpness: `DTS*` only, paths are led by the soft values at sharpness times lambda.
+    bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
     confidence bonus of this weight, in units of the reward range seen so far.
     lookahead: for monotone rewards, how many of the likeliest next tokens of a node are tried on the reward (not on the
     model), so that those that gain are drawn more often; 0 turns it off.

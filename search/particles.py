@@ -77,6 +77,7 @@ class ParticleFilter:
             nodes = [walkers[i].node for i in live]
             ended = np.array([bool(search.tree.terminal[node]) for node in nodes])
             if search.exhausted() and not ended.all():
+                search.cut_short = True
                 return
             log_now = np.array(self._log_twists(search, nodes))
             log_weight[live] += log_now - log_twist[live]

@@ -81,6 +81,7 @@ def rollouts(search: Search, policy: Policy) -> Iterator[Sequence[int]]:
         under_way, before = len(walkers), len(search.rollouts)
         walkers = advance(search, policy, walkers, end)
         if search.exhausted():
+            search.cut_short = bool(walkers) or limit is None or len(search.rollouts) < limit
             return
         # A path that finds nothing left to do is no rollout; wait for another to end before the next try. One that
         # was pruned is spent if it cost a token, and the tree is smaller for the next.

@@ -199,9 +199,10 @@ def test_bounds_prove_the_best_sequence_early(batch_size):
         assert result.usage.forwarded_tokens == result.usage.unique_tokens
 
 
-def test_without_bounds_every_sequence_is_finished_once():
+@pytest.mark.parametrize("bonus", [None, 1.0])
+def test_without_bounds_every_sequence_is_finished_once(bonus):
     case, _ = token_level(0, vocab_size=4, horizon=3)
-    result = search(case, case.reward, 10**5, search="best")
+    result = search(case, case.reward, 10**5, search="best", bonus=bonus)
     assert sorted(c.token_ids for c in result.completions) == sorted(case.sequences)
 
 

@@ -106,6 +106,19 @@ def test_every_dependency_is_pinned_within_its_range():
         assert wanted.specifier.contains(versions[normal(wanted.name)]), text
 
 
+def test_the_lowest_versions_are_the_ones_that_were_tested():
+    """`make lowest` installs every dependency at its bound, torch apart: that is run at one version only."""
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = {normal(pin.name): pin for pin in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    described = project()
+    extras = described["optional-dependencies"]
+    wanted = [*described["dependencies"], *(text for name in ("ray", "tensorboard", "train") for text in extras[name])]
+    assert {normal(Requirement(text).name) for text in wanted} == set(pins)
+    for text in wanted:
+        if normal(Requirement(text).name) != "torch":
+            assert str(Requirement(text.replace(">=", "=="))) == str(pins[normal(Requirement(text).name)])
+
+
 # -- version, sdist and wheel ------------------------------------------------------------------------------------------
 
 
@@ -139,9 +152,16 @@ def version_of(folder: Path) -> str:
     return run(folder, sys.executable, "-W", "ignore", "-m", "setuptools_scm").splitlines()[-1]
 
 
+def exported(folder: Path, to: Path) -> Path:
+    git(folder, "archive", "--output", str(to.with_suffix(".tar")), "HEAD")
+    with tarfile.open(to.with_suffix(".tar")) as archive:
+        archive.extractall(to, filter="data")
+    return to
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
-    """An sdist and the wheel made of it, from a copy of the tree with a tag and a file that is no part of the library."""
+    """An sdist and the wheel made of it, from a copy of the tree with a tag, and a file that is not to be in them."""
     needs_build_tools()
     copy, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
     for folder in ("dts", *LINKED):
@@ -205,7 +225,7 @@ def test_the_wheel_works_from_another_folder(built, tmp_path):
 
 def test_every_way_to_get_the_sources_has_a_version(tmp_path):
     needs_build_tools()
-    project, clone, plain, export = (tmp_path / name for name in ("project", "clone", "plain", "export"))
+    project, clone, plain = (tmp_path / name for name in ("project", "clone", "plain"))
     project.mkdir()
     for file in ("pyproject.toml", ".gitattributes", ".git_archival.txt"):
         shutil.copy(ROOT / file, project / file)
@@ -217,13 +237,11 @@ def test_every_way_to_get_the_sources_has_a_version(tmp_path):
     assert re.fullmatch(r"0\.1\.dev2\+g[0-9a-f]+", version_of(project))  # no tags yet
     git(tmp_path, "clone", "--quiet", "--depth", "1", project.as_uri(), str(clone))
     assert re.fullmatch(r"0\.1\.dev1\+g[0-9a-f]+", version_of(clone))  # CI's kind of clone
+    assert version_of(exported(project, tmp_path / "early")) == "0.0"
     git(project, "tag", "v0.3.0")
     assert version_of(project) == "0.3.0"
-    export.mkdir()
-    git(project, "archive", "--output", str(tmp_path / "export.tar"), "HEAD")
-    with tarfile.open(tmp_path / "export.tar") as archive:
-        archive.extractall(export, filter="data")
-    assert version_of(export) == "0.3.0"  # what a hosting site offers as source code of a release
+    # What a hosting site offers as the source code of a release:
+    assert version_of(exported(project, tmp_path / "export")) == "0.3.0"
     commit(project)
     assert re.fullmatch(r"0\.3\.1\.dev1\+g[0-9a-f]+", version_of(project))
 

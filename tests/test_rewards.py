@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dts
-from dts.rewards import Context, Finished, TerminalReward, checked_finish
+from dts.rewards import Context, Finished, TerminalReward, checked_finish, promised
 
 CONTEXT = Context("prompt", (1, 2), lambda ids: "".join(chr(i) for i in ids))
 
@@ -136,6 +136,58 @@ def test_check_monotone_raises_where_the_promise_breaks():
 
     with pytest.raises(dts.RewardError, match="outside its own bounds"):
         walk(dts.CheckMonotone(Stingy()), "aa")
+
+
+def test_what_a_prefix_is_promised():
+    class Promising(Count):
+        def promise(self, states):
+            return [state + 0.5 for state in states]
+
+    states = [0, 2]
+    assert promised(Promising(), states) == [0.5, 2.5] and promised(Count(), states) == [0.0, 2.0]
+    assert promised(dts.CheckMonotone(Promising()), states) == [0.5, 2.5]
+    both = dts.weighted_sum({Promising(): 2.0, Count(): 1.0})
+    assert both.monotone and promised(both, [(0, 0), (2, 1)]) == [1.0, 6.0]
+    assert promised(dts.as_reward(lambda text: 1.0), [None]) == [0.0] and promised(Count(), []) == []
+
+    class Unknown(Count):
+        def earned(self, states):
+            return [-math.inf] * len(states)
+
+    assert promised(Unknown(), [1]) == [0.0]
+
+
+def test_combinations_that_make_no_sense_are_refused():
+    with pytest.raises(dts.UsageError, match="at least one part"):
+        dts.minimum()
+    for low, high in ((1.0, 1.0), (2.0, 1.0)):
+        with pytest.raises(dts.UsageError, match=f"low={low}, high={high}"):
+            dts.clip(Count(), low, high)
+    for weight in (-0.1, math.inf, math.nan):
+        with pytest.raises(dts.UsageError, match="finite and >= 0"):
+            dts.weighted_sum([(Count(), weight)])
+    assert finish(dts.weighted_sum([(Count(), 0.0), (lambda text: 2.0, 1.0)]), "a") == [2.0]
+
+
+def test_gates_on_unknown_and_on_closed():
+    opened, closed = (dts.as_reward(lambda text, by=by: by) for by in (1.0, 0.0))
+    gate = dts.gate(Count(), by=opened)
+    assert gate.name == "gate(count, <lambda>)" and not gate.monotone
+    assert gate.upper([(2, None)]) == [3.0] and gate.earned([(2, None)]) == [0.0]
+    assert finish(dts.gate(lambda text: 5.0, by=closed), "a") == [0.0]
+    endless = dts.gate(dts.as_reward(lambda text: 1.0), by=closed)
+    assert endless.upper([(None, None)]) == [math.inf]
+
+    class Shut(Count):
+        def upper(self, states):
+            return [0.0] * len(states)
+
+    assert dts.gate(lambda text: 1.0, by=Shut()).upper([(None, 0)]) == [0.0]  # whatever the reward may be
+    for value in (-0.1, 1.1):
+        with pytest.raises(dts.RewardError, match="gate needs"):
+            finish(dts.gate(lambda text: 1.0, by=lambda text, value=value: value), "a")
+    with pytest.raises(dts.RewardError, match="gate needs"):
+        finish(dts.gate(lambda text: -1.0, by=opened), "a")
 
 
 def test_terminal_rewards_know_nothing_before_the_end():

@@ -178,7 +178,7 @@ def _train_pairwise(
     arguments = RewardConfig(
         output_dir=str(folder), max_length=None, num_train_epochs=settings.epochs,
         max_steps=settings.max_steps, learning_rate=settings.learning_rate, seed=settings.seed,
-        per_device_train_batch_size=settings.batch_size, use_cpu=cpu, bf16=False, activation_checkpointing=False,
+        per_device_train_batch_size=settings.batch_size, use_cpu=cpu, bf16=False, gradient_checkpointing=False,
         center_rewards_coefficient=0.01, save_strategy="no", report_to="none", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     trainer = RewardTrainer(
