@@ -22,7 +22,7 @@ from typing import Any
 from dts.errors import UsageError
 from dts.evaluation.judge import ANTHROPIC_MODEL, ANTHROPIC_URL, Judge
 from dts.evaluation.protocol import FOUR_WAY, THREE, CompareSettings, compare_models, compare_three
-from dts.evaluation.replies import CODING
+from dts.evaluation.replies import CODING, CODING_ALL
 from dts.training.command import run_command
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, title in FOUR_WAY.items():
         option = f"--{name.replace('_', '-')}" + ("" if name in ("grpo_baseline", "grpo_polychromic") else "-lora")
         parser.add_argument(option, dest=name, nargs="+", metavar="DIR", default=[], help=f"{title}, a folder per seed")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR[,DIR]",
+                        help="another model, compared with the baseline; may be repeated")  # fmt: skip
     _add_protocol(parser, output="output/evaluation/comprehensive")
+    parser.add_argument("--checks", nargs="+", default=[], metavar="MODULE:FUNCTION",
+                        help="rewards in [0, 1] as measures, for prompts without human replies")  # fmt: skip
     judge = parser.add_argument_group("judge (off unless one of these is given)")
     judge.add_argument("--judge-url", metavar="URL", help="chat-completions or Anthropic messages endpoint")
     judge.add_argument("--judge-model", metavar="NAME", help="model at that endpoint")
@@ -45,9 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_protocol(parser: argparse.ArgumentParser, output: str) -> None:
-    parser.add_argument("--test-data", required=True, metavar="FILE", help=f"held-out JSON Lines file, or {CODING}")
+    parser.add_argument(
+        "--test-data",
+        required=True,
+        metavar="FILE",
+        help=f"held-out JSON Lines file, or {CODING} (its test problems), or {CODING_ALL}",
+    )
     parser.add_argument("--train-data", metavar="FILE", help="rows on which GRPO's heuristic reward was fitted")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help=f"default: {output}")
+    parser.add_argument("--resume", action="store_true", help="go on with the replies that the output folder has")
     for name, default in (("max_examples", 50), ("samples", 10), ("max_tokens", 48), ("temperature", 1.0), ("seed", 0)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N",
                             help=f"default: {default}")  # fmt: skip
@@ -56,11 +66,23 @@ def _add_protocol(parser: argparse.ArgumentParser, output: str) -> None:
 def main(args: argparse.Namespace) -> int:
     """`evaluate_comprehensive`."""
     models = {name: getattr(args, name) for name in FOUR_WAY if getattr(args, name)}
-    summary = compare_models(models, _protocol(args, judge_items=args.judge_items), args.output, _make_judge(args))
+    models |= _others(args.model)
+    settings = _protocol(args, judge_items=args.judge_items, checks=tuple(args.checks))
+    summary = compare_models(models, settings, args.output, _make_judge(args), resume=args.resume)
     for entry in summary["questions"]:
         log.info("%s %s", entry["question"], entry["answer"])
     log.info("results: %s", args.output)
     return 1 if summary["judge"] and summary["judge"]["error"] else 0
+
+
+def _others(given: Sequence[str]) -> dict[str, list[str]]:
+    found = {}
+    for text in given:
+        name, equals, sources = text.partition("=")
+        if not (name and equals and all(sources.split(","))) or name in FOUR_WAY or name in found:
+            raise UsageError(f"--model {text} is not allowed; give a new name and folders, such as other=DIR,DIR")
+        found[name] = sources.split(",")
+    return found
 
 
 def _protocol(args: argparse.Namespace, **more: Any) -> CompareSettings:
@@ -92,7 +114,7 @@ def add_three_arguments(parser: argparse.ArgumentParser) -> None:
 def main_three(args: argparse.Namespace) -> int:
     """`evaluate_three_models`."""
     models = {name: getattr(args, name) for name in THREE if getattr(args, name)}
-    for name, summary in compare_three(models, _protocol(args), args.output).items():
+    for name, summary in compare_three(models, _protocol(args), args.output, resume=args.resume).items():
         found = next(iter(summary["verdicts"].values()))
         gain = found["improvement"]
         log.info("%s: diversity %+.1f %% [%+.1f, %+.1f], band %s, quality kept: %s", name, 100 * gain["value"],

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,17 @@ def write_report(summary: Entry, folder: Path) -> None:
     (folder / "section.html").write_text(section(summary, folder), encoding="utf-8")
 
 
+def measures_of(summary: Entry) -> list[str]:
+    """Measures in the order of the report: the checks first."""
+    return [*summary.get("checks", ()), *SHOWN]
+
+
 # Tables, as lists of rows with the header first ----------------------------------------------------------------------
 
 
 def models_table(summary: Entry) -> list[list[str]]:
     models = summary["models"]
-    names = [name for name in SHOWN if any(name in model["measures"] for model in models.values())]
+    names = [name for name in measures_of(summary) if any(name in model["measures"] for model in models.values())]
     rows = [["measure", *(f"{name} ({len(model['seeds'])} seed{'s'[: len(model['seeds']) > 1]})"
                           for name, model in models.items())]]  # fmt: skip
     for name in names:
@@ -47,9 +53,10 @@ def models_table(summary: Entry) -> list[list[str]]:
 def contrasts_table(summary: Entry) -> list[list[str]]:
     rows = [["contrast", "measure", "difference", "p", "Holm", "Wilcoxon p", "d", "d_z", "by seed"]]
     for pair, found in summary["contrasts"].items():
-        for name in (name for name in SHOWN if name in found):
+        for name in (name for name in measures_of(summary) if name in found):
             entry = found[name]
-            numbers = [_number(entry.get(key)) for key in ("p", "p_holm", "p_wilcoxon", "d", "d_z")]
+            numbers = [*(_number(entry.get(key), 4) for key in ("p", "p_holm", "p_wilcoxon")),
+                       *(_number(entry.get(key)) for key in ("d", "d_z"))]  # fmt: skip
             by_seed = " ".join(f"{value:+.3f}" for value in entry.get("by_seed", []))
             rows.append([pair, name, _interval(entry, sign=True), *numbers, by_seed or "-"])
     return rows
@@ -85,8 +92,8 @@ def _interval(entry: Entry | None, sign: bool = False) -> str:
     return f"{entry['value']:{form}}{ends}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -160,8 +167,8 @@ def _tables(summary: Entry) -> list[tuple[str, list[list[str]]]]:
 def _bullet(entry: Entry) -> str:
     mark = "" if entry["decides"] else " (beside)"
     return (
-        f"- {entry['contrast']}, {entry['measure']}{mark}: {_interval(entry, sign=True)}, p {_number(entry['p'])}, "
-        f"Holm {_number(entry['p_holm'])}, d_z {_number(entry['d_z'])}"
+        f"- {entry['contrast']}, {entry['measure']}{mark}: {_interval(entry, sign=True)}, p {_number(entry['p'], 4)}, "
+        f"Holm {_number(entry['p_holm'], 4)}, d_z {_number(entry['d_z'])}"
     )
 
 
@@ -211,13 +218,13 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 def measures_picture(summary: Entry) -> Figure:
     """A panel per measure: each model's mean, its interval, and its training seeds as dots."""
     models = summary["models"]
-    names = [name for name in SHOWN if all(name in model["measures"] for model in models.values())]
+    names = [name for name in measures_of(summary) if all(name in model["measures"] for model in models.values())]
     columns = 4
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, name in zip(grid, names, strict=False):
-        for x, (model, color) in enumerate(zip(models.values(), COLORS, strict=False)):
+        for x, (model, color) in enumerate(zip(models.values(), cycle(COLORS), strict=False)):
             _point(axes, x, model["measures"][name], color)
             seeds = model["measures"][name]["seed_means"]
             axes.plot([x + 0.15] * len(seeds), seeds, ".", color=color, markersize=4)
@@ -239,7 +246,7 @@ def _point(axes: Any, x: float, entry: Entry, color: str) -> None:
 def contrasts_picture(summary: Entry) -> Figure:
     """d_z of every contrast and measure: how large a paired difference is against its spread."""
     rows = [(f"{pair}: {name}", found[name]["d_z"], (found[name].get("p_holm") or 1) < 0.05)
-            for pair, found in summary["contrasts"].items() for name in SHOWN
+            for pair, found in summary["contrasts"].items() for name in measures_of(summary)
             if name in found and found[name]["d_z"] is not None]  # fmt: skip
     figure = Figure(figsize=(8, 1 + 0.24 * max(len(rows), 2)), layout="constrained")
     axes = figure.subplots()

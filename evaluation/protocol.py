@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import dts
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation import comparison
 from dts.evaluation.comprehensive_report import write_report
+from dts.evaluation.generations import Sampled, Source, sample_models
 from dts.evaluation.judge import Judge
 from dts.evaluation.replies import (
     CODING,
+    CODING_ALL,
     CrossFitted,
     Item,
     Reply,
@@ -24,11 +24,11 @@ from dts.evaluation.replies import (
     Yardstick,
     failures,
     read_items,
-    sample_replies,
     table,
 )
-from dts.lm import LanguageModel
+from dts.rewards import as_reward
 from dts.training.data import read_rows
+from dts.training.diversity import named
 from dts.training.heuristic_reward import heuristic_reward, prompt_text
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,13 @@ FOUR_WAY = {
 }
 THREE = {"baseline": "SFT", "moderate": "polychromic, lambda 1", "aggressive": "polychromic, lambda 2"}
 EXAMPLES = 3  # replies shown per failure mode
-Source = str | LanguageModel  # what `dts.load` takes, or a loaded model
-Sampled = dict[str, list[list[list[Reply]]]]  # model -> [seeds][items][samples]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareSettings:
     """How models are compared. The same prompts and sampling seeds for all."""
 
-    test_data: str  # a file, or "coding"
+    test_data: str  # a file, "coding" or "coding-all"
     train_data: str | None = None  # the GRPO phase's rows, on which the heuristic reward was fitted
     max_examples: int = 50  # prompts
     samples: int = 10  # replies per prompt
@@ -58,6 +56,9 @@ class CompareSettings:
     temperature: float = 1.0
     seed: int = 0
     judge_items: int = 50  # prompts per contrast that a judge sees
+    checks: tuple[
+        str, ...
+    ] = ()  # module:function, rewards in [0, 1]; success is 1 of each, and human replies are not needed
 
     def __post_init__(self) -> None:
         for name in ("max_examples", "max_tokens", "judge_items"):
@@ -70,17 +71,26 @@ class CompareSettings:
 
 
 def compare_models(
-    models: Mapping[str, Sequence[Source]], settings: CompareSettings, output: str | Path, judge: Judge | None = None
+    models: Mapping[str, Sequence[Source]],
+    settings: CompareSettings,
+    output: str | Path,
+    judge: Judge | None = None,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """The whole comparison: replies, measures, tests, report. Returns what `summary.json` holds.
 
-    models: by the names of `FOUR_WAY`, one source per training seed. Writes `generations.jsonl` as replies come.
+    models: by the names of `FOUR_WAY` or others, one source per training seed; `baseline` must be there, and others are
+    compared with it. Writes `generations.jsonl` as replies come; resume: takes what is there already.
     """
     asked = dict.fromkeys(pair for question in comparison.QUESTIONS for pair in question.contrasts)
-    contrasts = [*asked, ("grpo", "baseline")]
+    contrasts = [
+        *asked,
+        *((name, "baseline") for name in models if (name, "baseline") not in asked and name != "baseline"),
+    ]
     folder = Path(output)
     items, yardstick, about = _prepare(models, settings)
-    sampled = _sample(models, items, settings, folder)
+    sampled = _sample(models, items, settings, folder, resume)
     summary = _analyse(sampled, items, yardstick, contrasts, judge, settings)
     summary |= {"settings": asdict(settings), "models": _named(models, summary["models"]), **about}
     summary["questions"] = [comparison.answer(q, summary["contrasts"]) for q in comparison.QUESTIONS]
@@ -89,11 +99,11 @@ def compare_models(
 
 
 def compare_three(
-    models: Mapping[str, Sequence[Source]], settings: CompareSettings, output: str | Path
+    models: Mapping[str, Sequence[Source]], settings: CompareSettings, output: str | Path, *, resume: bool = False
 ) -> dict[str, Any]:
     """Baseline against moderate and against aggressive, each in `baseline_vs_<name>/summary.json`; returns both."""
     items, yardstick, about = _prepare(models, settings)
-    sampled = _sample(models, items, settings, Path(output))
+    sampled = _sample(models, items, settings, Path(output), resume)
     found = {}
     for name in (name for name in models if name != "baseline"):
         two = {key: sampled[key] for key in ("baseline", name)}
@@ -116,12 +126,18 @@ def _prepare(
 
     for source in (source for sources in models.values() for source in sources if isinstance(source, str)):
         check_available(source)
-    items, rows = read_items(settings.test_data, settings.max_examples, settings.seed)
+    checks = tuple(as_reward(named(name, {}, "--checks")) for name in settings.checks)
+    need = ("prompt",) if checks else ("prompt", "response")
+    items, rows = read_items(settings.test_data, settings.max_examples, settings.seed, need)
     about: dict[str, Any] = {"items": len(items), "clusters": len({item.cluster for item in items})}
-    if settings.test_data == CODING:
+    if settings.test_data in (CODING, CODING_ALL):
         about["success"] = "the answer passes every test, public and hidden"
         about["train_reward"] = "share of the public examples passed"
         return items, Yardstick(None, None, 0.0), about
+    if checks:
+        yardstick = Yardstick(None, None, 0.0, checks)
+        return items, yardstick, about | {"success": yardstick.predicate, "train_reward": "not computed",
+                                  "checks": [check.name for check in checks]}  # fmt: skip
     train = read_rows(settings.train_data) if settings.train_data else []
     known = [row for row in rows if row.engagement is not None]
     scorer = CrossFitted(known, settings.seed) if len(known) > 50 else None
@@ -152,28 +168,12 @@ def _named(models: Mapping[str, Sequence[Source]], found: dict[str, Any]) -> dic
 
 
 def _sample(
-    models: Mapping[str, Sequence[Source]], items: Sequence[Item], settings: CompareSettings, folder: Path
+    models: Mapping[str, Sequence[Source]], items: Sequence[Item], settings: CompareSettings, folder: Path, resume: bool
 ) -> Sampled:
-    """Replies of every model and training seed, one model in memory at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sampled: Sampled = {name: [] for name in models}
-    with (folder / "generations.jsonl").open("w", encoding="utf-8") as stream:
-        for name, sources in models.items():
-            for number, source in enumerate(sources):
-                log.info("sampling %s, seed %d of %d", name, number + 1, len(sources))
-                lm = dts.load(source) if isinstance(source, str) else source
-                replies = []
-                for index, own in enumerate(
-                    sample_replies(lm, items, settings.samples, max_tokens=settings.max_tokens,
-                                   temperature=settings.temperature, seed=settings.seed)
-                ):  # fmt: skip
-                    replies.append(own)
-                    line = {"model": name, "seed": number, "item": index, "prompt": prompt_text(items[index].prompt),
-                            "replies": [reply.text for reply in own]}  # fmt: skip
-                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    stream.flush()
-                sampled[name].append(replies)
-    return sampled
+    return sample_models(
+        models, items, folder, samples=settings.samples, max_tokens=settings.max_tokens,
+        temperature=settings.temperature, seed=settings.seed, resume=resume,
+    )  # fmt: skip
 
 
 def _analyse(

@@ -11,7 +11,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,14 +20,17 @@ import dts
 from dts.errors import UsageError
 from dts.evaluation import metrics, statistics
 from dts.lm import LanguageModel
+from dts.rewards import Finished, Reward
 from dts.search import Sampling
 from dts.training.coding import Problem, extract, passed, problems
 from dts.training.data import Row, read_rows
 from dts.training.diversity import well_formed
 from dts.training.engagement import above_group_mean, fit_engagement
 from dts.training.heuristic_reward import HeuristicReward, is_copy, prompt_text
+from dts.training.rewards import score
 
-CODING = "coding"  # the word that stands for the coding task in place of a file
+CODING = "coding"  # in place of a file: the test problems of the coding task
+CODING_ALL = "coding-all"  # all its problems, also those that training may have seen
 FOLDS = 5
 KS = (1, 5, 10)
 INVALID = ("empty", "broken", "copies the post", "no code")  # failure modes that make a reply invalid
@@ -57,17 +61,21 @@ class Scorer(Protocol):
     def __call__(self, item: Item, replies: Sequence[str]) -> list[float]: ...
 
 
-def read_items(test_data: str, count: int | None, seed: int) -> tuple[list[Item], list[Row]]:
-    """Items in a seeded order, at most `count`, and all rows of the file (none for the coding task)."""
-    if test_data == CODING:
-        items = [Item(p.prompt, (), p.name, p) for p in problems()]
+def read_items(
+    test_data: str, count: int | None, seed: int, need: Sequence[str] = ("prompt", "response")
+) -> tuple[list[Item], list[Row]]:
+    """Items in a seeded order, at most `count`, and all rows of the file (none for the coding task). need: fields that
+    every row must have."""
+    if test_data in (CODING, CODING_ALL):
+        items = [Item(p.prompt, (), p.name, p) for p in problems("test" if test_data == CODING else None)]
         return items[:count], []
-    rows = read_rows(test_data)
+    rows = read_rows(test_data, need=need)
     by_prompt: dict[str, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(json.dumps(row.prompt), []).append(row)
     items = [
-        Item(own[0].prompt, tuple(row.response or "" for row in own), _cluster(own[0])) for own in by_prompt.values()
+        Item(own[0].prompt, tuple(row.response for row in own if row.response), _cluster(own[0]))
+        for own in by_prompt.values()
     ]
     random.Random(seed).shuffle(items)
     return items[:count], rows
@@ -78,13 +86,15 @@ def _cluster(row: Row) -> str:
 
 
 def sample_replies(
-    lm: LanguageModel, items: Sequence[Item], n: int, *, max_tokens: int, temperature: float, seed: int
-) -> Iterator[list[Reply]]:
-    """n independent replies to each item in turn; the same seed for the same item whatever the model."""
-    for index, item in enumerate(items):
+    lm: LanguageModel, items: Sequence[Item], which: Sequence[int], *, samples: int, max_tokens: int,
+    temperature: float, seed: int,
+) -> Iterator[list[Reply]]:  # fmt: skip
+    """Independent replies to the items of these numbers in turn; the same seed for the same item whatever the model."""
+    for index in which:
         own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        method = Sampling(samples)
         result = dts.decode(
-            lm, item.prompt, method=Sampling(n), max_new_tokens=max_tokens, temperature=temperature, seed=own
+            lm, items[index].prompt, method=method, max_new_tokens=max_tokens, temperature=temperature, seed=own
         )
         yield [Reply(r.text.strip(), r.length, r.length >= max_tokens) for r in result.rollouts]
 
@@ -159,10 +169,13 @@ class Yardstick:
     train_reward: HeuristicReward | None  # what GRPO was trained on; None for the coding task, whose reward is known
     scorer: Scorer | None
     human_median: float  # of the scorer, over the human replies
+    checks: tuple[Reward, ...] = ()  # each a measure of its own, in [0, 1]
 
     @property
     def predicate(self) -> str:
         """What counts as success in pass@k for replies."""
+        if self.checks:
+            return f"the reply is valid, and {' and '.join(check.name for check in self.checks)} give it 1"
         if self.scorer is None:
             return "the reply is valid: not empty, not broken, not a copy of the post (no engagement to score with)"
         return "the reply is valid, and the held-out scorer rates it at or above the median human reply"
@@ -191,6 +204,10 @@ class Yardstick:
             public = len(item.problem.public)
             values["train_reward"] = float(np.mean([np.mean(results[text][:public]) for text in texts]))
             return [all(results[text]) for text in texts]
+        if self.checks:
+            checked = {check.name: text_values(check, item.prompt, texts) for check in self.checks}
+            values |= {name: float(np.mean(own)) for name, own in checked.items()}
+            return [fine and all(own[i] >= 1 for own in checked.values()) for i, fine in enumerate(valid)]
         if self.train_reward is not None:
             values["train_reward"] = float(np.mean(self.train_reward([item.prompt] * len(texts), texts)))
         if self.scorer is None:
@@ -198,6 +215,13 @@ class Yardstick:
         scores = self.scorer(item, texts)
         values["engagement"] = float(np.mean(scores))
         return [fine and score >= self.human_median for fine, score in zip(valid, scores, strict=True)]
+
+
+def text_values(reward: Reward, prompt: Any, texts: Sequence[str]) -> list[float]:
+    """A reward of whole texts without a model: each character stands for a token, so it must not count tokens."""
+
+    characters: Any = SimpleNamespace(encode=lambda prompt: [], decode=lambda ids: "".join(map(chr, ids)))
+    return score(reward, characters, prompt, [Finished(tuple(map(ord, text)), text) for text in texts])
 
 
 def _test_results(problem: Problem, texts: Sequence[str]) -> dict[str, list[bool]]:

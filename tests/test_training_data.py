@@ -70,6 +70,8 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, record, reason):
 def test_needs_are_the_callers(tmp_path):
     file = write(tmp_path / "rows.jsonl", {"prompt": "a"})
     assert read_rows(file, need=["prompt"])[0].response is None
+    write(tmp_path / "cut.jsonl", '{"prompt": "a", "response": "b", "cut": true}\n{"prompt": "a", "response": "b"}\n')
+    assert [row.cut for row in read_rows(tmp_path / "cut.jsonl")] == [True, False]
     with pytest.raises(dts.UsageError, match=r'has no group; add "group" or "thread"'):
         read_rows(file, need=["prompt", "group"])
     with pytest.raises(dts.UsageError, match="need="):

@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,8 @@ def test_rows_are_encoded_as_the_decoder_asks(tmp_path, caplog):
             "input_ids": [*prompt, *response, 0], "labels": [IGNORED] * len(prompt) + [*response, 0],
         }]  # fmt: skip
     assert "1 of 2 rows left out" in caplog.text
+    unended = encode_rows([replace(rows[0], cut=True)], model, tokenizer, 40)[0]
+    assert unended["input_ids"] == [*prompt, *response] and unended["labels"][-1] == response[-1]
     whole = encode_rows(rows, model, tokenizer, 40, completion_only_loss=False)[0]
     assert whole["labels"] == whole["input_ids"] == [*prompt, *response, 0]
     cut = encode_rows(rows, model, tokenizer, len(prompt) + 1)[0]
@@ -368,6 +371,8 @@ def test_expert_iteration_trains_on_draws_from_the_search(config):
     draws = [json.loads(line) for line in (first / "draws.jsonl").read_text().splitlines()]
     assert 0 < len(draws) <= 2 * len(WORDS)
     assert all(draw["reward"] == pytest.approx(share_of_a(draw["response"])) for draw in draws)
+    assert any(draw["cut"] for draw in draws)
+    assert all(len(draw["response"]) < 5 for draw in draws if not draw["cut"])  # the fifth token was the end
     assert json.loads((second / "training_config.json").read_text())["checkpoint_path"] == str(first)
 
 

@@ -1,8 +1,9 @@
 """Training data: JSON Lines files (also .gz) of prompts, responses, engagement and groups.
 
 Accepted lines: {"messages": [...]}, {"prompt": text or messages, "response" or "completion": text}, both with optional
-"engagement" (a number) and "group" or "thread"; and reply threads: {"source_text", "post_text", "reply_text",
-"reply_likes", "thread"}, whose engagement is log(1 + likes).
+"engagement" (a number), "group" or "thread", and "cut": true where the response goes on (no end is taught behind it);
+and reply threads: {"source_text", "post_text", "reply_text", "reply_likes", "thread"}, whose engagement is
+log(1 + likes).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Row:
     engagement: float | None  # finite; for reply threads log(1 + likes)
     group: str | None  # rows of a group belong together in any split
     source: str  # "file:line"
+    cut: bool = False  # the response goes on, so no EOS stands behind it
 
 
 class _Bad(Exception):
@@ -95,7 +97,7 @@ def _row(line: str, source: str, need: Sequence[str]) -> Row:
     if not isinstance(record, dict):
         raise _Bad(f"{type(record).__name__} instead of an object; write one {{...}} a line")
     prompt, response = _texts(record)
-    row = Row(prompt, response, _engagement(record), _group(record), source)
+    row = Row(prompt, response, _engagement(record), _group(record), source, _cut(record))
     for name in need:
         if getattr(row, name) in (None, []):
             keys = {"response": '"response" or "completion"', "group": '"group" or "thread"'}
@@ -172,3 +174,10 @@ def _group(record: dict[str, Any]) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _Bad(f"group is {value!r}; give text or a whole number")
     return str(value)
+
+
+def _cut(record: dict[str, Any]) -> bool:
+    value = record.get("cut", False)
+    if not isinstance(value, bool):
+        raise _Bad(f"cut is {value!r}; give true or false")
+    return value

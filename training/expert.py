@@ -38,7 +38,8 @@ def draw_rows(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Draws from the tree's estimate of pi*: rows with prompt, response, the reward and the tokens forwarded for it."""
+    """Draws from the tree's estimate of the target: rows with prompt, response, whether it was cut at `max_new_tokens`,
+    the reward, and the tokens forwarded for the prompt."""
     for index, prompt in enumerate(prompts):
         result = dts.decode(
             lm,
@@ -53,7 +54,10 @@ def draw_rows(
         cost = result.usage.forwarded_tokens
         for draw in draws:
             if draw.text.strip():
-                yield {"prompt": prompt, "response": draw.text, "reward": draw.reward, "forwarded_tokens": cost}
+                yield {
+                    "prompt": prompt, "response": draw.text, "cut": draw.finished_by == "length",
+                    "reward": draw.reward, "forwarded_tokens": cost,
+                }  # fmt: skip
 
 
 def expert_iteration(
@@ -66,6 +70,9 @@ def expert_iteration(
     """
     if config.run_folder is not None:
         raise UsageError(f"run_folder={config.run_folder!r} is not allowed here: every round has a folder; give output")
+    if config.grpo.temperature != 1:
+        log.warning("grpo.temperature=%g: draws are those of a sharper or flatter model than is fine-tuned on them; "
+                    "rounds are steps up the soft value at 1 only", config.grpo.temperature)  # fmt: skip
     rows = prepare(replace(config, method="grpo", name=f"{config.name}_round1"), overwrite=overwrite)
     folders: list[Path] = []
     warm = config.warm_start
@@ -78,7 +85,8 @@ def expert_iteration(
         found = list(_draw(config, warm, rows, reward, seed=stream(config.seed, number)))
         draws.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         mean = sum(row["reward"] for row in found) / len(found) if found else float("nan")
-        log.info("round %d: %d draws of mean reward %.4g", number, len(found), mean)
+        tokens = sum({json.dumps(row["prompt"]): row["forwarded_tokens"] for row in found}.values())
+        log.info("round %d: %d draws of mean reward %.4g for %d tokens", number, len(found), mean, tokens)
         folders.append(train(step, overwrite=overwrite))
         warm = str(folders[-1])
     return folders

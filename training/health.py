@@ -20,7 +20,7 @@ TRACKED = (
     "policy_loss", "avg_reward", "kl_penalty", "total_loss",
 )  # fmt: skip
 KL_LIMIT = 50.0  # nats per sequence
-KL_JUMP = 10.0  # times the median of the steps before, from 1 nat on
+KL_JUMP = 10.0  # times the median of the steps before, from 5 nats on
 FLAT_STEPS = 5  # steps in a row in which every group's rewards were all equal
 LITTLE_DIVERSITY = 0.05
 
@@ -53,7 +53,7 @@ def findings(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     last, found = history[-1], {}
     kl, before = last.get("kl_penalty"), [h["kl_penalty"] for h in history[:-1] if "kl_penalty" in h]
-    jumped = kl is not None and len(before) >= FLAT_STEPS and kl > max(1.0, KL_JUMP * statistics.median(before))
+    jumped = kl is not None and len(before) >= FLAT_STEPS and kl > max(5.0, KL_JUMP * statistics.median(before))
     if kl is not None and (jumped or kl > KL_LIMIT):
         found["kl"] = f"KL to the reference is {kl:.1f} nats per sequence: lower learning_rate or raise grpo.kl_coeff"
     recent = [h.get("frac_reward_zero_std") for h in history[-FLAT_STEPS:]]

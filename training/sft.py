@@ -28,7 +28,8 @@ def encode_rows(
     lm, examples = HFModel(model, tokenizer), []
     for row in rows:
         prompt = lm.encode(row.prompt)
-        response = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        response = tokenizer(row.response, add_special_tokens=False)["input_ids"]
+        response += [] if row.cut else [tokenizer.eos_token_id]
         ids = (prompt + response)[:max_length]
         if len(prompt) < max_length:
             silent = len(prompt) if completion_only_loss else 0

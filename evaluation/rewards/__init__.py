@@ -9,7 +9,6 @@ from dts.evaluation.rewards.forecast import ForecastReward, NumberParser, Number
 from dts.evaluation.rewards.generic import Format, Found, Keywords, Length, Repetition
 from dts.evaluation.rewards.labels import Commit, LabelParser, LabelReward, shown
 from dts.evaluation.rewards.models import ClassifierReward, LikelihoodReward
-from dts.evaluation.rewards.prompted import PromptKeywords, prompt_keywords, prose
 from dts.evaluation.rewards.text import TextReward
 
 __all__ = [
@@ -27,10 +26,7 @@ __all__ = [
     "LikelihoodReward",
     "NumberParser",
     "Numbers",
-    "PromptKeywords",
     "Repetition",
     "TextReward",
-    "prompt_keywords",
-    "prose",
     "shown",
 ]

@@ -13,12 +13,13 @@ from dts.rewards import Context, Prompt
 
 _WORD = re.compile(r"[A-Za-z']+")
 # Common English words that connect others. A list of nouns has none of them.
-FUNCTION_WORDS = frozenset(
-    "a about above after all along among an and are around as at be before behind but by can could for from had has "
-    "have he her his how i if in into is it its many my near no not of off on or our out over she so some that the "
-    "their them then there these they this through to under until up was we were when where which while who will with "
-    "would you your".split()
-)
+_CONNECTING = """
+    a about above after all along among an and are around as at be before behind but by can could for from had has
+    have he her his how i if in into is it its many my near no not of off on or our out over she so some that the
+    their them then there these they this through to under until up was we were when where which while who will
+    with would you your
+"""
+FUNCTION_WORDS = frozenset(_CONNECTING.split())
 PROSE = 0.25  # share of function words from which a text counts as prose
 
 Notes = tuple[Keywords, Found]
@@ -48,7 +49,7 @@ class PromptKeywords(TextReward):
         return notes[0].final(notes[1])
 
 
-prompt_keywords = PromptKeywords()  # for `grpo.reward: dts.evaluation.rewards:prompt_keywords`
+prompt_keywords = PromptKeywords()  # for `grpo.reward: dts.evaluation.rewards.prompted:prompt_keywords`
 
 
 def asked_words(prompt: Prompt) -> list[str]:
