@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -179,7 +182,8 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
     folder = RunFolder(resumed) if resumed else RunFolder.create(config.output_dir, config.name)
     tracker = make_tracker(mode, folder.path, config.name, here.tracker)
     try:
-        run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
+        with _terminated_like_interrupted():
+            run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
     except KeyboardInterrupt:
         _show(folder.path, mode, quiet)
         print(f"interrupted: partial results are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
@@ -191,6 +195,19 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
         return _fail(error, FAILED)
     _show(folder.path, mode, quiet)
     return OK
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """A batch system ends a job by SIGTERM and leaves it some seconds: enough to sum up what is there."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may choose what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_plan(plan: Plan, resumed: Path | None, tokens_per_second: float | None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -277,6 +279,22 @@ def test_dry_run_of_a_resumed_run_measures_what_is_done(tmp_path: Path, capsys: 
     assert "2 jobs are finished" in out
     assert [line.split("|")[-2].strip() for line in table_lines(out)[2:]] == ["1 s", "0 s", "1 s"]  # 0.75 s, 0.25 s
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_terminated_run_sums_up_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls, before = Calls(), signal.getsignal(signal.SIGTERM)
+
+    def terminate() -> None:
+        calls.scored += 1
+        if calls.scored == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert main(command(tmp_path, "--methods", "maxent", "greedy"), fake_backend(FakeTask(fail=terminate))) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert json.loads((folder / "summary.json").read_bytes())["runs"]
+    assert "go on with --resume" in capsys.readouterr().err
 
 
 def table_lines(text: str) -> list[str]:
