@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dts
 from dts.evaluation.replies import Item, Reply, sample_replies
+from dts.evaluation.results import read_jsonl, write_text
 from dts.lm import LanguageModel
 from dts.training.heuristic_reward import prompt_text
 
@@ -39,8 +40,8 @@ def sample_models(
     about = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     kept = _read(folder / FILE) if resume else {}
     sampled: Sampled = {name: [] for name in models}
-    with (folder / FILE).open("w", encoding="utf-8") as stream:
-        stream.writelines(line + "\n" for line, _ in kept.values())
+    write_text(folder / FILE, "".join(line + "\n" for line, _ in kept.values()))  # in one piece: a kill loses nothing
+    with (folder / FILE).open("a", encoding="utf-8") as stream:
         for name, source, number in ((n, s, i) for n, own in models.items() for i, s in enumerate(own)):
             log.info("sampling %s, seed %d of %d", name, number + 1, len(models[name]))
             known = {"model": name, "source": source if isinstance(source, str) else source.name, **about}
@@ -70,11 +71,10 @@ def _key(line: Mapping[str, object]) -> str:
 def _read(file: Path) -> dict[str, tuple[str, list[Reply]]]:
     """Whole lines and their replies by key; the last line may have been cut."""
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for entry in read_jsonl(file) if file.is_file() else []:
         try:
-            entry = json.loads(line)
             replies = [Reply(*of) for of in zip(entry["replies"], entry["tokens"], entry["cut"], strict=True)]
         except (ValueError, KeyError, TypeError):
             continue
-        found[_key(entry)] = (line, replies)
+        found[_key(entry)] = (json.dumps(entry, ensure_ascii=False), replies)
     return found

@@ -56,9 +56,7 @@ class CompareSettings:
     temperature: float = 1.0
     seed: int = 0
     judge_items: int = 50  # prompts per contrast that a judge sees
-    checks: tuple[
-        str, ...
-    ] = ()  # module:function, rewards in [0, 1]; success is 1 of each, and human replies are not needed
+    checks: tuple[str, ...] = ()  # module:function, rewards in [0, 1]; success is 1 of each, without human replies
 
     def __post_init__(self) -> None:
         for name in ("max_examples", "max_tokens", "judge_items"):
