@@ -14,6 +14,7 @@ from dts.training.reward_model import (
     FILE,
     LearnedReward,
     RewardModelSettings,
+    _accuracy,
     hold_out,
     load_reward_model,
     make_pairs,
@@ -75,6 +76,8 @@ def test_pairwise_training_learns_the_preference(trained):
     assert about["kind"] == "pairwise"
     assert about["held_out"]["accuracy"] > 0.9
     assert about["held_out"]["groups"] == 2
+    low, high = about["held_out"]["interval"]
+    assert low <= about["held_out"]["accuracy"] <= high
     liked, other = reward([POST] * 2, ["aaaaaaa", "zzzzzzz"])
     assert 0 < other < 0.5 < liked < 1
     assert (folder / "adapter_model.safetensors").is_file()
@@ -89,6 +92,21 @@ def test_saved_and_loaded_reward_is_the_same_in_any_batch(trained):
     assert again([POST] * 5, texts) == pytest.approx(alone, abs=1e-5)
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     assert again(prompts=[POST] * 5, completions=chats, completion_ids=[[1]] * 5) == pytest.approx(alone, abs=1e-5)
+
+
+def test_the_interval_of_the_accuracy_is_over_groups():
+    # one of two groups all right, the other all wrong: two groups of a million pairs say no more than two of one
+    pairs = make_pairs(rows(2), 100, seed=0)
+    first = pairs[0][0].group
+
+    def raw(prompts, replies):
+        return np.array([scores[id(reply)] for reply in replies])
+
+    scores = {id(a.response): float(a.group == first) for a, _ in pairs}
+    scores |= {id(b.response): 0.5 for _, b in pairs}
+    many = _accuracy(raw, pairs * 50)
+    assert many == {"pairs": 400, "groups": 2, "accuracy": 0.5, "interval": [0.0, 1.0]}
+    assert _accuracy(raw, [pair for pair in pairs if pair[0].group == first])["interval"] is None
 
 
 def test_search_uses_it(trained, tiny_lm):

@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from dts.training.estimator import grpo_diversity_weight, grpo_gradient_scale
 from dts.training.grpo import build_grpo, derive_accumulation
 from dts.training.polychromic import sequence_log_probs
 from dts.training.run import _arguments, read_history, train
-from dts.training.sampling import draw_samples, draw_searched
+from dts.training.sampling import draw_samples, draw_searched, stream
 from dts.training.sft import IGNORED, encode_rows
 
 WORDS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
@@ -374,6 +375,23 @@ def test_expert_iteration_trains_on_draws_from_the_search(config):
     assert any(draw["cut"] for draw in draws)
     assert all(len(draw["response"]) < 5 for draw in draws if not draw["cut"])  # the fifth token was the end
     assert json.loads((second / "training_config.json").read_text())["checkpoint_path"] == str(first)
+
+
+def test_draws_are_a_search_s_finished_sequences_by_their_shares(tiny_lm):
+    from dts.search import MaxEnt
+    from dts.training.expert import draw_rows
+
+    prompt, method = [{"role": "user", "content": "ab"}], MaxEnt(12, reward_scale=6.0)
+    rows = list(draw_rows(tiny_lm, [prompt], share_of_a, method, per_prompt=4000, max_new_tokens=4))
+    search = dts.decode(tiny_lm, prompt, reward=share_of_a, method=method, max_new_tokens=4, seed=stream(0, 0))
+    texts = {rollout.leaf: rollout.text for rollout in search.rollouts}
+    expected = Counter()
+    for leaf, share in search.shares.items():
+        expected[texts[leaf]] += share
+    drawn = Counter(row["response"] for row in rows)
+    for text, share in expected.items():
+        assert drawn[text] / 4000 == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000) + 1e-9)
+    assert {row["forwarded_tokens"] for row in rows} == {search.usage.forwarded_tokens}
 
 
 def test_settings_that_have_no_exact_gradient_are_refused():

@@ -1,7 +1,8 @@
-"""Expert iteration: draw from the reward-tilted distribution pi* by tree search, and fine-tune on the draws.
+"""Expert iteration: find samples of the reward-tilted distribution pi* by tree search, and fine-tune on them.
 
 With V(prompt) = (1/lambda) log E_pi[exp(lambda r)], the gradient of V is (1/lambda) E_pi*[grad log pi(y)]: supervised
-fine-tuning on draws from pi* is gradient ascent on the soft value that the search estimates.
+fine-tuning on draws from pi* is gradient ascent on the soft value that the search estimates. The sequences that a
+search finished, weighted by `Result.shares`, are its sample of pi*; drawing from them costs no further token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import dts
 from dts.errors import UsageError
@@ -38,8 +41,8 @@ def draw_rows(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Draws from the tree's estimate of the target: rows with prompt, response, whether it was cut at `max_new_tokens`,
-    the reward, and the tokens forwarded for the prompt."""
+    """`per_prompt` draws, with replacement, from each search's finished sequences by their shares: rows with prompt,
+    response, whether it was cut at `max_new_tokens`, the reward, and the tokens forwarded for the prompt."""
     for index, prompt in enumerate(prompts):
         result = dts.decode(
             lm,
@@ -50,23 +53,23 @@ def draw_rows(
             temperature=temperature,
             seed=stream(seed, index),
         )
-        draws = result.sample(per_prompt, stream(seed, index))
-        cost = result.usage.forwarded_tokens
-        for draw in draws:
-            if draw.text.strip():
-                yield {
-                    "prompt": prompt, "response": draw.text, "cut": draw.finished_by == "length",
-                    "reward": draw.reward, "forwarded_tokens": cost,
-                }  # fmt: skip
+        found = {completion.token_ids: completion for completion in result.completions}
+        leaves, shares = list(result.shares), list(result.shares.values())
+        for leaf in np.random.default_rng((seed, index)).choice(leaves, per_prompt, p=shares):
+            draw = found[result.tree.tokens(leaf)]
+            yield {
+                "prompt": prompt, "response": draw.text, "cut": draw.finished_by == "length",
+                "reward": draw.reward, "forwarded_tokens": result.usage.forwarded_tokens,
+            }  # fmt: skip
 
 
 def expert_iteration(
     config: TrainConfig, reward: Reward | Callable[..., Any], *, rounds: int = 2, overwrite: bool = False
 ) -> list[Path]:
-    """`rounds` times: draw with the model so far, then go on with SFT on the draws. Returns the rounds' folders.
+    """`rounds` times: search with the model so far, then go on with SFT on draws of what it found.
 
-    Search, lengths and temperature are those of `config.grpo`; the draws stand in each round's folder as draws.jsonl.
-    The method of every round is sft, whatever the config says.
+    Returns the rounds' folders; the draws stand in them as draws.jsonl. Search, lengths and temperature are those of
+    `config.grpo`. The method of every round is sft, whatever the config says.
     """
     if config.run_folder is not None:
         raise UsageError(f"run_folder={config.run_folder!r} is not allowed here: every round has a folder; give output")
@@ -83,7 +86,8 @@ def expert_iteration(
         step = replace(step, data=(str(draws),))
         draws.parent.mkdir(parents=True, exist_ok=True)
         found = list(_draw(config, warm, rows, reward, seed=stream(config.seed, number)))
-        draws.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        taught = [row for row in found if row["response"].strip()]  # training data has no empty responses
+        draws.write_text("".join(json.dumps(row) + "\n" for row in taught), encoding="utf-8")
         mean = sum(row["reward"] for row in found) / len(found) if found else float("nan")
         tokens = sum({json.dumps(row["prompt"]): row["forwarded_tokens"] for row in found}.values())
         log.info("round %d: %d draws of mean reward %.4g for %d tokens", number, len(found), mean, tokens)

@@ -146,13 +146,25 @@ def train_reward_model(rows: Sequence[Row], output: str | Path, settings: Reward
     return LearnedReward(raw, about)
 
 
-def _accuracy(raw: Callable[..., np.ndarray], pairs: Sequence[tuple[Row, Row]]) -> dict[str, float | int | None]:
-    """Share of pairs in the right order, ties counting half. Pairs of a group are alike: their number overstates."""
+def _accuracy(raw: Callable[..., np.ndarray], pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    """Share of pairs in the right order, ties counting half, and its 95 % bootstrap interval over groups (None where
+    there are fewer than two): pairs of a group are alike."""
     if not pairs:
-        return {"pairs": 0, "groups": 0, "accuracy": None}
+        return {"pairs": 0, "groups": 0, "accuracy": None, "interval": None}
+    from scipy.stats import bootstrap
+
     scores = [raw([r.prompt for r in side], [r.response for r in side]) for side in zip(*pairs, strict=True)]
     right = np.sign(scores[0] - scores[1]) / 2 + 0.5
-    return {"pairs": len(pairs), "groups": len({_group(a) for a, _ in pairs}), "accuracy": float(right.mean())}
+    group = np.unique([_group(a) for a, _ in pairs], return_inverse=True)[1]
+    sums, counts = np.bincount(group, right), np.bincount(group)
+    interval = None
+    if len(counts) > 1:
+        ends = bootstrap(
+            (sums, counts), lambda total, size, axis: total.sum(axis) / size.sum(axis),
+            paired=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
+        interval = [float(ends.low), float(ends.high)]
+    return {"pairs": len(pairs), "groups": len(counts), "accuracy": float(right.mean()), "interval": interval}
 
 
 def _train_ridge(train: Sequence[Row], pairs: object, folder: Path, settings: object) -> Callable[..., np.ndarray]:
@@ -302,9 +314,10 @@ def main(args: argparse.Namespace) -> int:
     rows = read_rows(args.data, need=("prompt", "response", "engagement"))
     about = train_reward_model(rows, args.output, settings).about
     found = about["held_out"]
-    shown = "no held-out pairs" if found["accuracy"] is None else (
-        f"{found['accuracy']:.3f} of {found['pairs']} pairs in {found['groups']} held-out groups in the right order"
-    )  # fmt: skip
+    shown = "no held-out pairs"
+    if found["accuracy"] is not None:
+        ends = " [{:.3f}, {:.3f}]".format(*found["interval"]) if found["interval"] else ""
+        shown = f"{found['accuracy']:.3f}{ends} of {found['pairs']} pairs in {found['groups']} held-out groups in order"
     log.info("%s reward trained on %d pairs; %s: %s", about["kind"], about["training_pairs"], shown, args.output)
     return 0
 
