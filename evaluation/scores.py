@@ -8,6 +8,9 @@ Of every search, up to three answers are scored:
                 (`Result.shares`) where the method has one, and exp(lambda reward) for independent draws from p
     unweighted  the same with equal weights
 
+`--after K ...` adds the best of the first K rollouts, with the tokens and seconds up to then: what a search that is
+stopped there has found.
+
 Intervals are 95 % percentile bootstrap intervals over the task's clusters (series, subjects, prompts), the metric
 pooled again from every resample; all lines share the resamples. Several seeds are averaged before that.
 """
@@ -41,15 +44,23 @@ class Answers:
 
     label: str
     seeds: Sequence[Rows]
-    tokens: float | None = None  # forwarded, per example; None where no language model is used
-    seconds: float | None = None
+    costs: Sequence[Mapping[str, tuple[float, float]]] = ()  # tokens forwarded and seconds; empty without a model
+
+    def cost(self, ids: Sequence[str]) -> tuple[float | None, float | None]:
+        """Mean tokens forwarded and seconds per example."""
+        if not self.costs:
+            return None, None
+        tokens, seconds = np.mean([one[i] for one in self.costs for i in ids], axis=0)
+        return float(tokens), float(seconds)
 
     def metric(self, task: Task, name: str, ids: Sequence[str]) -> float:
         """Mean over seeds of a metric over these examples, repeated ones counted as often as they occur."""
         return float(np.mean([task.pool([rows[i] for i in ids])[name] for rows in self.seeds]))
 
 
-def tables(folders: Sequence[Path], against: Sequence[str] = (), resamples: int = 1000) -> dict[str, str]:
+def tables(
+    folders: Sequence[Path], against: Sequence[str] = (), resamples: int = 1000, after: Sequence[int] = ()
+) -> dict[str, str]:
     """A Markdown table for every data set, or group within it, of these run folders."""
     runs = load_runs(folders)
     found: dict[str, str] = {}
@@ -59,7 +70,7 @@ def tables(folders: Sequence[Path], against: Sequence[str] = (), resamples: int 
         answers = [
             answer
             for one in parts
-            for answer in _answers(task, name, one.samples, one.rollouts, one.summary["config"]["reward_scale"])
+            for answer in _answers(task, name, one.samples, one.rollouts, one.summary["config"]["reward_scale"], after)
         ]
         baselines = [Answers(label, [rows]) for label, rows in task.baseline_rows().items()]
         for group, ids in _groups(task, answers).items():
@@ -76,7 +87,12 @@ def _task(summary: Record, name: str) -> Task:
 
 
 def _answers(
-    task: Task, dataset: str, samples: Sequence[Record], rollouts: Sequence[Record], reward_scale: float
+    task: Task,
+    dataset: str,
+    samples: Sequence[Record],
+    rollouts: Sequence[Record],
+    reward_scale: float,
+    after: Sequence[int] = (),
 ) -> list[Answers]:
     cells: dict[tuple[str, str], dict[int, list[Record]]] = {}
     for sample in samples:
@@ -85,14 +101,30 @@ def _answers(
     paths: dict[Job, list[Record]] = {}
     for rollout in rollouts:
         paths.setdefault(Job.of(rollout), []).append(rollout)
+    for path in paths.values():
+        path.sort(key=lambda rollout: int(rollout["rollout_idx"]))
     found = []
     for (model, method), seeds in cells.items():
         own = [sample for samples_of_seed in seeds.values() for sample in samples_of_seed]
-        cost = [float(np.mean([sample[key] for sample in own])) for key in ("forwarded_tokens", "time")]
+        costs = [{s["id"]: (s["forwarded_tokens"], s["time"]) for s in of_seed} for of_seed in seeds.values()]
         for kind, text in _kinds(task, paths, reward_scale, own).items():
             rows = [task.details({s["id"]: text(s) for s in of_seed}) for of_seed in seeds.values()]
-            found.append(Answers(f"{model} {method} {kind}", rows, *cost))
+            found.append(Answers(f"{model} {method} {kind}", rows, costs))
+        for count in after:
+            if all(sample["rollouts"] > count for sample in own):
+                found.append(_stopped(task, paths, list(seeds.values()), count, f"{model} {method} after {count}"))
     return found
+
+
+def _stopped(
+    task: Task, paths: Mapping[Job, list[Record]], seeds: Sequence[Sequence[Record]], count: int, label: str
+) -> Answers:
+    """The best of the first `count` rollouts."""
+    first = {Job.of(sample): paths[Job.of(sample)][:count] for of_seed in seeds for sample in of_seed}
+    best = {job: max(rollouts, key=lambda rollout: rollout["rollout_reward"]) for job, rollouts in first.items()}
+    rows = [task.details({s["id"]: str(best[Job.of(s)]["text"]) for s in of_seed}) for of_seed in seeds]
+    last = {job: (rollouts[-1]["tokens"], rollouts[-1]["time"]) for job, rollouts in first.items()}
+    return Answers(label, rows, [{s["id"]: last[Job.of(s)] for s in of_seed} for of_seed in seeds])
 
 
 def _kinds(
@@ -103,7 +135,7 @@ def _kinds(
 
     def combined(weights: Callable[[Record, Sequence[Record]], Sequence[float]]) -> Callable[[Record], str]:
         def text(sample: Record) -> str:
-            own = sorted(paths[Job.of(sample)], key=lambda rollout: int(rollout["rollout_idx"]))
+            own = paths[Job.of(sample)]
             texts = [rollout["text"] for rollout in own]
             return task.combine(examples[sample["id"]], texts, weights(sample, own)) or ""
 
@@ -159,8 +191,7 @@ def _table(task: Task, answers: Sequence[Answers], ids: Sequence[str], against: 
             cell(exact[one.label], values[one.label]),
             *(number(one.metric(task, name, ids)) for name in others),
             *(minus(one.label, other.label) for other in references),
-            number(one.tokens, 0),
-            number(one.seconds, 1),
+            *(number(mean, digits) for mean, digits in zip(one.cost(ids), (0, 1), strict=True)),
         ]
         for one in answers
     ]
@@ -183,12 +214,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="run folder")
     parser.add_argument("--against", metavar="LINE", nargs="+", default=[],
                         help="end of the name of a line: adds the difference to it, paired by example")  # fmt: skip
+    parser.add_argument("--after", metavar="K", nargs="+", type=int, default=[],
+                        help="adds the best of the first K rollouts")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples (default %(default)s)")
     options = parser.parse_args(arguments)
     try:
         if options.resamples < 100:
             raise UsageError(f"--resamples {options.resamples} is too few for an interval; give 100 or more")
-        for title, table in tables(options.folders, options.against, options.resamples).items():
+        if any(count < 1 for count in options.after):
+            raise UsageError(f"--after {' '.join(map(str, options.after))}: give numbers of rollouts, 1 or more")
+        for title, table in tables(options.folders, options.against, options.resamples, options.after).items():
             print(f"{title}:\n\n{table}\n")
     except DTSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,9 +27,10 @@ def run_folder(
         if own is None:
             continue
         rollouts += [
-            {**head, "sample": number, "rollout_idx": index, "text": text, "rollout_reward": reward}
+            {**head, "sample": number, "rollout_idx": index, "text": text, "rollout_reward": reward,
+             "tokens": 10 * number + index, "time": index / 2}
             for index, (text, reward) in enumerate(own)
-        ]
+        ]  # fmt: skip
         best = max(own, key=lambda path: path[1])[0]
         samples.append(
             {**head, "sample": number, "id": example.id, "text": best, "rollouts": len(own), "time": 2.0,
@@ -120,6 +121,22 @@ def test_a_forecast_is_the_weighted_median_and_groups_have_tables_of_their_own(t
             owa, abs=5e-4
         )
     assert "nan" not in found["m4, Weekly (1 examples)"]  # one series has no interval
+
+
+def test_what_a_stopped_search_has_found_and_what_each_group_costs(tmp_path):
+    data = write_m4(tmp_path / "data", frequency="Weekly", seasonal_period="1")
+    texts = [("300 300 300", 0.2), ("310 310 310", 0.1), ("500 500 500", 1.0)]
+    paths = {example.id: texts for example in load_task("m4", data_dir=data).examples}
+    folder = run_folder(tmp_path / "a", "m4", data, "maxent", paths)
+    found = tables([folder], resamples=100, after=[1, 2, 3])["m4, Quarterly (3 examples)"]
+    lines = cells(found)
+    assert lines["m maxent after 2"][:-2] == lines["m maxent after 1"][:-2]  # the second rollout is no better
+    assert lines["m maxent after 1"][:-2] != lines["m maxent best"][:-2]
+    assert "m maxent after 3" not in lines  # that is all of it
+    numbers = [n for n, e in enumerate(load_task("m4", data_dir=data).examples) if e.id != "Q1"]
+    assert lines["m maxent best"][-2:] == [f"{100 + sum(numbers) / 3:.0f}", "2.0"]
+    assert lines["m maxent after 2"][-2:] == [f"{10 * sum(numbers) / 3 + 1:.0f}", "0.5"]
+    assert main([str(folder), "--after", "0"]) == 2
 
 
 def test_a_tree_weighs_its_paths_itself(tmp_path):
