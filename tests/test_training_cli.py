@@ -124,6 +124,7 @@ def test_configs_of_the_repository(file, nothing_runs):
         assert config.warm_start == f"output/experiments/{file.stem.removeprefix('grpo_from_')}_warmstart/seed_42"
     smoke = from_mapping(cli.read_config(file), SMOKE)
     assert (smoke.model, smoke.max_steps) == ("smollm2-135m", 4)
+    assert smoke.folder.startswith("output/experiments/")
 
 
 def test_all_names_of_the_inventory_are_there():

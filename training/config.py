@@ -184,6 +184,7 @@ class TrainConfig:
 SMOKE: dict[str, Any] = {
     "model": "smollm2-135m",
     "data": ["configs/data/smoke.jsonl"],
+    "run_folder": None,  # never where a config keeps a model in use
     "max_steps": 4,
     "warmup_ratio": 0.0,
     "max_rows": 64,
