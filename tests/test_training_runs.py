@@ -378,7 +378,6 @@ def test_expert_iteration_trains_on_draws_from_the_search(config):
 
 
 def test_draws_are_a_search_s_finished_sequences_by_their_shares(tiny_lm):
-    from dts.search import MaxEnt
     from dts.training.expert import draw_rows
 
     prompt, method = [{"role": "user", "content": "ab"}], MaxEnt(12, reward_scale=6.0)

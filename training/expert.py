@@ -54,8 +54,8 @@ def draw_rows(
             seed=stream(seed, index),
         )
         found = {completion.token_ids: completion for completion in result.completions}
-        leaves, shares = list(result.shares), list(result.shares.values())
-        for leaf in np.random.default_rng((seed, index)).choice(leaves, per_prompt, p=shares):
+        shares = result.shares
+        for leaf in np.random.default_rng((seed, index)).choice(list(shares), per_prompt, p=list(shares.values())):
             draw = found[result.tree.tokens(leaf)]
             yield {
                 "prompt": prompt, "response": draw.text, "cut": draw.finished_by == "length",
