@@ -87,10 +87,10 @@ def rollout_record(rollout: Rollout) -> Record:
 
 def _shares(result: Result) -> list[float] | None:
     """The weight of each rollout as a sample of pi*, where the method estimates pi*; equal ones divide theirs."""
-    if result.log_weights is None and result.values is None:
+    if result.estimate is None or result.estimate.shares is None:
         return None
     times = collections.Counter(rollout.leaf for rollout in result.rollouts)
-    by_leaf = result.shares
+    by_leaf = result.estimate.shares
     return [by_leaf[rollout.leaf] / times[rollout.leaf] for rollout in result.rollouts]
 
 

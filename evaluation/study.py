@@ -147,7 +147,7 @@ def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Reco
 def outcome(result: Result, draws: int) -> Record:
     """A search as one record: its rollouts in order, its completions, and draws from its estimate of pi*."""
     usage, prompt, nodes = result.usage.as_dict(), result.usage.prompt_tokens, len(result.tree)  # drawing adds to them
-    drawn = result.sample(draws, seed=0) if result.values is not None and draws else []
+    drawn = result.sample(draws, seed=0) if result.values and draws else []
     return {
         "prompt_tokens": prompt,
         "tokens": [r.tokens - prompt for r in result.rollouts],

@@ -1,47 +1,24 @@
-"""The one search loop.
+"""A search over one prompt: it grows a tree of tokens with the model, scores it with the reward, and keeps records.
 
-A method is an object with `plan(search)`: a generator that works on the tree and yields, each time it cannot go on,
-the nodes whose next-token distribution it needs. The loop forwards them in one call and resumes the plan. To drive a
-search by hand, call `method.plan(search)` and `search.evaluate(nodes)` yourself.
+It knows no algorithm. A `Method` starts a run, which works on the tree through this object; `dts.search.run` forwards
+the nodes that the run asks for.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from dts.errors import ModelError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
-from dts.results import Completion, Result, Rollout
+from dts.results import Completion, Rollout
 from dts.rewards import Context, Finished, Reward, State, checked_finish, promised
-from dts.search.partition import Partition
-from dts.search.target import draw_completions, draw_weighted
 from dts.settings import Budget, Decoding
-from dts.softvalue import SoftValues
 from dts.tree import NONE, ROOT, Tree
-
-
-class Method(Protocol):
-    """An algorithm. Objects hold settings only; everything that changes lives in the search."""
-
-    @property
-    def name(self) -> str:
-        """As on the command line."""
-
-    def batch_size(self) -> int:
-        """Paths to extend together when the user does not say."""
-
-    def budget(self) -> Budget:
-        """The limits the method was given."""
-
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        """Work until a distribution is missing; yield the nodes that need one (distinct, not evaluated)."""
 
 
 class Search:
@@ -61,19 +38,12 @@ class Search:
         self.lm, self.session, self.reward, self.decoding = lm, session, reward, decoding
         self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
         self.tree, self.usage = Tree(), session.usage
-        self.values: SoftValues | None = None  # set by methods that estimate the target distribution
-        self.partition: Partition | None = None  # set by methods that also estimate Z from the choices of their paths
-        # Set by methods whose finished paths are weighted samples: log weight by leaf. The weights estimate
-        # p exp(lambda r), not normalised, so their sum is an estimate of Z.
-        self.log_weights: dict[int, float] | None = None
-        # Set by methods that do not rank completions by reward alone: sort keys of leaves, best highest.
-        self.rank: Callable[[Sequence[int]], Sequence[tuple[float, ...]]] | None = None
-        self.cut_short = False  # set by plans that end because a budget is used up with paths still under way
         self.rollouts: list[Rollout] = []
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
         self._states: list[State] = [reward.start(context)]  # reward state by node
         self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
+        self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._started = time.perf_counter()
         self._stop_tail = max((len(lm.encode(s)) for s in decoding.stop), default=0) + 8
         self.tree.slot[ROOT] = PROMPT_SLOT
@@ -90,6 +60,7 @@ class Search:
             tree.slot[node] = slot
         self.usage.unique_tokens += len(nodes)
         self._rows.clear()
+        self._ahead.clear()
 
     def evaluated(self, node: int) -> bool:
         """Whether the next-token distribution of `node` is at hand."""
@@ -132,33 +103,54 @@ class Search:
         depth, least = self.tree.depth, self.decoding.min_new_tokens
         return [row for row, node in enumerate(nodes) if depth[node] < least], sorted(self.lm.eos_ids)
 
-    def state(self, node: int) -> State:
-        """The reward's state at `node`."""
-        return self._states[node]
+    def glance(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """What each of these nodes would promise after one more token, without the model. The reward's states are kept
+        for the tokens that are drawn before the next forward call."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        states = self._states_after(pairs)
+        self._ahead.update(zip(pairs, states, strict=True))
+        return promised(self.reward, states)
+
+    def _states_after(self, pairs: Sequence[tuple[int, int]]) -> list[State]:
+        """The reward's states after these (node, token) pairs."""
+        missing = [pair for pair in pairs if pair not in self._ahead]
+        new = self.reward.extend([self._states[node] for node, _ in missing], [token for _, token in missing])
+        found = dict(zip(missing, new, strict=True))
+        return [found[pair] if pair in found else self._ahead[pair] for pair in pairs]
 
     # -- growing the tree ------------------------------------------------------------------------------------------
 
     def draw(
-        self, nodes: Sequence[int], uniforms: Sequence[float] | None, tilts: Sequence[dict[int, float]] = ()
+        self, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
     ) -> list[int]:
         """A new child for each of these evaluated nodes: a token that was no child before the call, drawn from p by
-        inverse transform of `uniforms`, or the most likely one where `uniforms` is None. `tilts`, one for each node,
-        are logs of factors on p by token.
+        inverse transform of `uniforms`. `tilts`, one for each node, are logs of factors on p by token.
 
         A node may be named several times; draws from it are independent, and equal ones share a child.
         """
+        p, mass = self._outside(nodes)
+        cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
+        target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+        return self._grown(nodes, tokens, p, mass)
+
+    def most_likely(self, nodes: Sequence[int]) -> list[int]:
+        """A new child for each of these evaluated nodes: the likeliest token that is no child yet."""
+        p, mass = self._outside(nodes)
+        return self._grown(nodes, mass.argmax(-1, keepdim=True), p, mass)
+
+    def _outside(self, nodes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """p(. | node), and the same with 0 for tokens that are children, [len(nodes), V] each."""
         known = [[self.tree.token[c] for c in self.tree.children(node)] for node in nodes]
         p = mass = self.probabilities(nodes)
         if any(known):
             mass = p.clone()
             for row, tokens_of_row in enumerate(known):
                 mass[row, tokens_of_row] = 0.0
-        if uniforms is None:
-            tokens = mass.argmax(-1, keepdim=True)
-        else:
-            cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
-            target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+        return p, mass
+
+    def _grown(self, nodes: Sequence[int], tokens: torch.Tensor, p: torch.Tensor, mass: torch.Tensor) -> list[int]:
+        """The children of `nodes` with these `tokens`, [len(nodes), 1]."""
         pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
         log_p = p.gather(-1, tokens)[:, 0].log().tolist()
         rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
@@ -196,7 +188,7 @@ class Search:
     def _add(self, new: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
         tree = self.tree
         children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
-        states = self.reward.extend([self._states[parent] for parent, _ in new], [token for _, token in new])
+        states = self._states_after(list(new))
         self._states.extend(states)
         promises = promised(self.reward, states)
         bounds = zip(children, self.reward.earned(states), self.reward.upper(states), promises, strict=True)
@@ -226,7 +218,7 @@ class Search:
 
     # -- finished sequences ----------------------------------------------------------------------------------------
 
-    def finish(self, leaves: Sequence[int], start_depths: Sequence[int]) -> None:
+    def record(self, leaves: Sequence[int], start_depths: Sequence[int]) -> None:
         """Score complete sequences and record one rollout each."""
         self.score(leaves)
         for leaf, start_depth in zip(leaves, start_depths, strict=True):
@@ -251,7 +243,7 @@ class Search:
             reward=reward,
             best_so_far=max(reward, self.rollouts[-1].best_so_far) if self.rollouts else reward,
             nodes=len(self.tree),
-            seconds=time.perf_counter() - self._started,
+            seconds=self.seconds,
             tokens=self.usage.forwarded_tokens,
             length=self.tree.depth[leaf],
             start_depth=start_depth,
@@ -275,7 +267,7 @@ class Search:
         reward = self.tree.reward[leaf]
         return Completion(done.text, done.token_ids, reward, self.tree.log_prob(leaf), self._finished_by[leaf])
 
-    # -- budget and outcome ----------------------------------------------------------------------------------------
+    # -- budget ----------------------------------------------------------------------------------------
 
     def exhausted(self, next_tokens: int = 0) -> bool:
         """Whether a budget is used up, or would be exceeded by forwarding `next_tokens` more."""
@@ -283,51 +275,34 @@ class Search:
         return (
             (budget.rollouts is not None and len(self.rollouts) >= budget.rollouts)
             or (budget.tokens is not None and self.usage.forwarded_tokens + next_tokens > budget.tokens)
-            or (budget.seconds is not None and time.perf_counter() - self._started >= budget.seconds)
+            or (budget.seconds is not None and self.seconds >= budget.seconds)
         )
 
     def rng(self, index: int) -> np.random.Generator:
         """The random stream of the `index`-th path: the same whatever is decoded beside it."""
         return np.random.default_rng([self.decoding.seed, index])
 
-    def result(self, method: Method, *, partial: bool) -> Result:
-        """What was found so far."""
-        self.usage.seconds = time.perf_counter() - self._started
-        leaves = self.tree.leaves()
-        keys = self.rank(leaves) if self.rank is not None else [(self.tree.reward[leaf],) for leaf in leaves]
-        order = sorted(range(len(leaves)), key=keys.__getitem__, reverse=True)  # equal keys keep their order
-        completions = [self.completion(leaves[i]) for i in order]
-        if self.values is not None:
-            self.values.settle()
-        sampler = None
-        if self.values is not None or self.log_weights is not None:
-            draw = draw_completions if self.values is not None else draw_weighted
-            sampler = functools.partial(draw, self)
-        log_z = None
-        if self.partition is not None and self.values is not None:
-            log_z = self.partition.log_z(exhausted=self.values.log_open[ROOT] == -math.inf)
-        return Result(
-            completions, self.rollouts, self.usage, self.tree, self.values, method.name, self.log_weights, log_z,
-            partial, sampler,
-        )  # fmt: skip
+    @property
+    def seconds(self) -> float:
+        """Since the search started."""
+        return time.perf_counter() - self._started
+
+    def fork(self) -> Search:
+        """A search that goes on from here with a tree of its own, on the same model session: what it computes is
+        counted in the same `usage`."""
+        other = copy.copy(self)
+        other.tree = self.tree.copy()
+        other.rollouts, other._states = list(self.rollouts), list(self._states)
+        other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}
+        return other
 
 
-def _tilted(mass: torch.Tensor, tilts: Sequence[dict[int, float]]) -> torch.Tensor:
-    """Rows of `mass` [B, V] times exp(tilt), up to a factor for each row."""
+def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.Tensor:
+    """Rows of `mass` [B, V] times exp(tilt), up to a factor for each row: in logs, so that no tilt overflows."""
     mass = mass.clone()
     for row, tilt in zip(mass, tilts, strict=True):
         if tilt:
-            top = max(0.0, *tilt.values())
-            row *= math.exp(-top)
-            factors = [math.exp(value - top) / math.exp(-top) for value in tilt.values()]
-            row[list(tilt)] *= torch.tensor(factors, dtype=mass.dtype, device=mass.device)
+            log = row.log()
+            log[list(tilt)] += torch.tensor(list(tilt.values()), dtype=mass.dtype, device=mass.device)
+            row.copy_((log - log.max()).exp())
     return mass
-
-
-def run(search: Search, method: Method) -> Result:
-    """Alternate between the method's plan and the model until the plan ends or the budget is used up."""
-    for nodes in method.plan(search):
-        if search.exhausted(next_tokens=len(nodes)):
-            return search.result(method, partial=True)
-        search.evaluate(nodes)
-    return search.result(method, partial=search.cut_short)

@@ -13,22 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dts.logspace import logsumexp
 from dts.results import LogZ
-from dts.softvalue import logsumexp
+from dts.search.paths import Path
+from dts.softvalue import log_factor
 from dts.tree import NONE, ROOT, Tree
-
-if TYPE_CHECKING:
-    from dts.search.walkers import Walker
 
 NORMAL_95 = 1.959964
 
 
 @dataclass(slots=True)
-class Draw:
+class Trace:
     """One path's part in the estimate. Its choices come from a mixture of policies with fixed shares."""
 
     index: int
@@ -55,19 +53,20 @@ class Partition:
         self._tree, self._scale, self._limit = tree, reward_scale, limit
         self._log_shares = [math.log(share) if share > 0 else -math.inf for share in shares]
         self._known = -math.inf  # log K
-        self._under_way: dict[int, tuple[Draw, Walker]] = {}
+        self._under_way: dict[int, tuple[Trace, Path]] = {}
         self._estimates: list[float] = []  # log estimate of Z by draw; nan while under way
 
-    def start(self, walker: Walker) -> None:
-        """A path starts at the root."""
-        walker.draw = draw = Draw(len(self._estimates), self._known, log_q=list(self._log_shares))
-        self._under_way[draw.index] = draw, walker
+    def start(self, path: Path) -> Trace:
+        """A path starts at the root; its choices are to be noted in the trace that is returned."""
+        trace = Trace(len(self._estimates), self._known, log_q=list(self._log_shares))
+        self._under_way[trace.index] = trace, path
         self._estimates.append(math.nan)
+        return trace
 
-    def finish(self, draw: Draw, leaf: int) -> None:
-        """The path of `draw` ended in the scored `leaf`, which no path had finished."""
-        tree, value = self._tree, self._scale * self._tree.reward[leaf]
-        self._close(draw, draw.log_weight + value)
+    def close(self, trace: Trace, leaf: int) -> None:
+        """The path of `trace` ended in the scored `leaf`, which no path had finished."""
+        tree, value = self._tree, log_factor(self._scale, self._tree.reward[leaf])
+        self._settle(trace, trace.log_weight + value)
         log_p, node = {}, leaf  # by ancestor: log p(leaf | ancestor)
         total = 0.0
         while node != NONE:
@@ -75,17 +74,17 @@ class Partition:
             total += tree.log_p[node]
             node = tree.parent[node]
         self._known = logsumexp([self._known, log_p[ROOT] + value])
-        for other, walker in self._under_way.values():
-            if walker.node in log_p:
-                other.credits.append(other.log_weight + log_p[walker.node] + value)
+        for other, path in self._under_way.values():
+            if path.node in log_p:
+                other.credits.append(other.log_weight + log_p[path.node] + value)
 
-    def give_up(self, draw: Draw) -> None:
+    def give_up(self, trace: Trace) -> None:
         """Other paths finished everything that this one could still have reached."""
-        self._close(draw, -math.inf)
+        self._settle(trace, -math.inf)
 
-    def _close(self, draw: Draw, own: float) -> None:
-        del self._under_way[draw.index]
-        self._estimates[draw.index] = logsumexp([draw.known, *draw.credits, own])
+    def _settle(self, trace: Trace, own: float) -> None:
+        del self._under_way[trace.index]
+        self._estimates[trace.index] = logsumexp([trace.known, *trace.credits, own])
 
     def log_z(self, *, exhausted: bool) -> LogZ:
         """The estimate; exact where the space is exhausted.

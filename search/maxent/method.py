@@ -1,0 +1,97 @@
+"""Maximum-entropy tree search: Diffusion Tree Sampling (DTS) and DTS*, on tokens (arXiv 2506.20701).
+
+Both grow one tree and keep the soft values of `dts.softvalue`. DTS spends each rollout where the estimated target
+pi* = p exp(lambda r) / Z has the most mass that is not finished yet, so no sequence is drawn twice and the tree's
+distribution converges to pi*. DTS* looks for the best sequence: it descends by a sharper target and leaves out what
+cannot beat the best reward found.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dts.errors import UsageError
+from dts.search.maxent.descent import Optimiser, Sampler
+from dts.search.method import GeneratorRun, Run
+from dts.search.paths import rollouts
+from dts.search.sampling import check_size
+from dts.settings import Budget
+
+if TYPE_CHECKING:
+    from dts.search.search import Search
+
+
+@dataclass(frozen=True, slots=True)
+class MaxEnt:
+    """Maximum-entropy tree search.
+
+    rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (`DTS*`).
+    explore: share of rollouts that follow p instead of the values (but still finish nothing twice).
+    widening: a node that n paths entered may have up to `n ** widening` children (progressive widening, Coulom 2007),
+    and one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
+    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
+    sharpness: `DTS*` only, paths are led by the soft values at sharpness times lambda.
+    bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
+    confidence bonus of this weight, in units of the reward range seen so far.
+    lookahead: for monotone rewards, how many of the likeliest next tokens of a node are tried on the reward (not on the
+    model), so that those that gain are drawn more often; 0 turns it off.
+    """
+
+    rollouts: int
+    reward_scale: float = 4.0
+    search: str = "sample"
+    explore: float | None = None
+    widening: float = 0.7
+    sharpness: float = 8.0
+    bonus: float | None = None
+    lookahead: int = 16
+
+    def __post_init__(self) -> None:
+        check_size("rollouts", self.rollouts)
+        if not 0 <= self.reward_scale < math.inf:
+            raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
+        if self.search not in ("sample", "best"):
+            raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
+        if self.explore is not None and not 0 <= self.explore <= 1:
+            raise UsageError(f"explore={self.explore!r} is not allowed; give a share from 0 to 1")
+        if not 0 < self.widening <= 1:
+            raise UsageError(f"widening={self.widening!r} is not allowed; give an exponent above 0 and up to 1")
+        if not 0 < self.sharpness < math.inf:
+            raise UsageError(f"sharpness={self.sharpness!r} is not allowed; give a number > 0")
+        if self.bonus is not None and not 0 <= self.bonus < math.inf:
+            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0, or None")
+        if not isinstance(self.lookahead, int) or self.lookahead < 0:
+            raise UsageError(f"lookahead={self.lookahead!r} is not allowed; give a whole number of tokens >= 0")
+
+    @property
+    def name(self) -> str:
+        return "maxent" if self.search == "sample" else "maxent-star"
+
+    def batch_size(self) -> int:
+        """A quarter of the rollouts, so that later paths learn from earlier ones, but at least 4: a step of few paths
+        costs nearly what a step of one does."""
+        return min(16, max(4, self.rollouts // 4), self.rollouts)
+
+    def budget(self) -> Budget:
+        return Budget(rollouts=self.rollouts)
+
+    def exploring(self) -> float:
+        """`explore`, or what its default stands for."""
+        if self.explore is not None:
+            return self.explore
+        return 0.35 if self.search == "sample" else 0.1
+
+    def start(self, search: Search) -> Run:
+        policy = self._policy(search)
+        return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
+
+    def _policy(self, search: Search) -> Sampler | Optimiser:
+        explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
+        if self.search == "sample":
+            return Sampler(search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead)
+        return Optimiser(
+            search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead,
+            sharpness=self.sharpness, bonus=self.bonus,
+        )  # fmt: skip
