@@ -19,6 +19,7 @@ class Completion:
     reward: float
     logprob: float  # log p(token_ids | prompt) in nats, under the p that was sampled from
     finished_by: str  # "eos", "stop" or "length"
+    token_logprobs: tuple[float, ...] = ()  # of each token, in nats; their sum is `logprob`
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,9 +263,10 @@ class Search:
 
     def completion(self, leaf: int) -> Completion:
         """A scored leaf as the user sees it."""
-        done = self.finished(leaf)
-        reward = self.tree.reward[leaf]
-        return Completion(done.text, done.token_ids, reward, self.tree.log_prob(leaf), self._finished_by[leaf])
+        done, tree = self.finished(leaf), self.tree
+        log_probs = tuple(tree.log_p[node] for node in tree.path(leaf))
+        reason = self._finished_by[leaf]
+        return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
 
     # -- budget ----------------------------------------------------------------------------------------
 

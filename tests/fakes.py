@@ -104,7 +104,7 @@ def fake_decode(
         model_calls=len(rollouts),
         seconds=0.25 * len(rollouts),
     )
-    return Result(completions, rollouts, usage, Tree(), None, method.name)
+    return Result(completions, rollouts, usage, Tree(), method.name)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_task_rewards import ANY, BUILT_IN, decode
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from toys import finish
 from transformers import PreTrainedTokenizerFast
 
 from dts.lm import PROMPT_SLOT
@@ -22,7 +23,7 @@ from dts.models.huggingface import HFModel
 from dts.models.sessions import full_logits
 from dts.models.table import TableModel, random_logits
 from dts.rewards import Context, Finished, clip, gate, minimum, weighted_sum
-from dts.search.loop import Search
+from dts.search import Search
 from dts.settings import Budget, Decoding
 from dts.softvalue import SoftValues, logsumexp
 from dts.text import TextState, advance, flush
@@ -132,8 +133,8 @@ class SearchMachine(RuleBasedStateMachine):
         if leaves:
             leaf = leaves[pick % len(leaves)]
             for _ in range(times):  # a leaf reached twice counts once
-                self.search.finish([leaf], [0])
-                self.values.finish(leaf)
+                self.search.record([leaf], [0])
+                finish(self.values, leaf)
             self.finished += [leaf] * (leaf not in self.finished)
 
     @rule(pick=DRAWN)
@@ -168,7 +169,7 @@ class SearchMachine(RuleBasedStateMachine):
         for leaf in self.finished:
             for node in (ROOT, *tree.path(leaf)):
                 count[node] += 1
-        assert list(self.values.visits) == count
+        assert list(self.values.visits.finished) == count
         assert sorted(self.finished) == tree.leaves()
         assert len(self.search.rollouts) >= len(self.finished)
 
@@ -193,8 +194,8 @@ class SearchMachine(RuleBasedStateMachine):
         while frontier:
             node = frontier.pop()
             if self.tree.terminal[node]:
-                self.search.finish([node], [0])
-                self.values.finish(node)
+                self.search.record([node], [0])
+                finish(self.values, node)
                 continue
             if not self.search.evaluated(node):
                 self.search.evaluate([node])

@@ -24,42 +24,33 @@ def tree_estimate(search: Search, values: SoftValues, log_z: LogZ | None) -> Est
     logs = settled.log_shares()
     total = logsumexp(list(logs.values()))
     shares = {leaf: math.exp(log - total) for leaf, log in logs.items()}
-    return Estimate(log_z, shares, _Draws(search, settled), settled)
+    return Estimate(log_z, shares, functools.partial(_draw, search, settled), settled)
 
 
-class _Draws:
-    """Draws from the estimate. New tokens go into a fork of the search, so the tree that the estimate is about stays as
-    it is; several calls share the fork."""
+def _draw(search: Search, values: SoftValues, k: int, seed: int) -> list[Completion]:
+    """k independent draws. New tokens go into a fork of the search, one for each call, so the tree that the estimate is
+    about stays as it is and equal seeds give equal draws."""
+    paths = [_leave_tree(values, np.random.default_rng([seed, 1, index])) for index in range(k)]
+    fork, known = search.fork(), values.tree
+    policy = Ancestral(fork, explored=len(known), log_mass=known.log_unexplored)
+    waiting = [path for path in paths if not known.terminal[path.node]]
+    active: list[Path] = []
+    while waiting or active:
+        while waiting and len(active) < fork.batch_size:
+            active.append(waiting.pop(0))
+        active = advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended]))
+        if active:
+            fork.evaluate(list(dict.fromkeys(path.node for path in active)))
+    return [fork.completion(path.node) for path in paths]
 
-    def __init__(self, search: Search, values: SoftValues) -> None:
-        self._search, self._values = search, values
 
-    @functools.cached_property
-    def _fork(self) -> Search:
-        return self._search.fork()
-
-    def __call__(self, k: int, seed: int) -> list[Completion]:
-        """k independent draws."""
-        paths = [self._leave_tree(np.random.default_rng([seed, 1, index])) for index in range(k)]
-        search, known = self._fork, self._values.tree
-        policy = Ancestral(search, explored=len(known), log_mass=known.log_unexplored)
-        waiting = [path for path in paths if not search.tree.terminal[path.node]]
-        active: list[Path] = []
-        while waiting or active:
-            while waiting and len(active) < search.batch_size:
-                active.append(waiting.pop(0))
-            active = advance(search, policy, active, lambda ended: search.score([path.node for path in ended]))
-            if active:
-                search.evaluate(list(dict.fromkeys(path.node for path in active)))
-        return [search.completion(path.node) for path in paths]
-
-    def _leave_tree(self, rng: np.random.Generator) -> Path:
-        """Walk down by the estimate of pi* to a leaf, or to the node after which nothing is known."""
-        path = Path(rng)
-        while not self._values.tree.terminal[path.node]:
-            children, log_probs, log_rest = self._values.transitions(path.node)
-            child = draw([*children, None], [*log_probs, log_rest], rng.random())
-            if child is None:
-                break
-            path.node = child
-        return path
+def _leave_tree(values: SoftValues, rng: np.random.Generator) -> Path:
+    """Walk down by the estimate of pi* to a leaf, or to the node after which nothing is known."""
+    path = Path(rng)
+    while not values.tree.terminal[path.node]:
+        children, log_probs, log_rest = values.transitions(path.node)
+        child = draw([*children, None], [*log_probs, log_rest], rng.random())
+        if child is None:
+            break
+        path.node = child
+    return path
