@@ -23,7 +23,7 @@ def with_timeout(reward: Reward | Callable[..., Any], seconds: float) -> Reward:
     return _Timed(as_reward(reward), seconds)
 
 
-class _Timed:
+class _Timed(Reward):
     """`extend` and `finish` with a limit; what only reads a state (`earned`, `upper`) is not timed."""
 
     def __init__(self, reward: Reward, seconds: float) -> None:
