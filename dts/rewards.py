@@ -81,8 +81,10 @@ class TerminalReward:
 
     monotone = False
 
-    def __init__(self, score: Callable[[Context, Sequence[Finished]], Sequence[float]], name: str) -> None:
-        self.name = name
+    def __init__(
+        self, score: Callable[[Context, Sequence[Finished]], Sequence[float]], name: str, parts: Sequence[Any] = ()
+    ) -> None:
+        self.name, self.parts = name, tuple(parts)  # what it was made from
         self._score = score
 
     def start(self, context: Context) -> State:
@@ -114,10 +116,10 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None) -> R
     label: str = name or getattr(reward, "__name__", None) or type(reward).__name__
     parameters = inspect.signature(reward).parameters
     if "completions" in parameters:
-        return TerminalReward(_trl_scorer(reward), label)
+        return TerminalReward(_trl_scorer(reward), label, [reward])
     first = next(iter(parameters.values()), None)
     takes_list = first is not None and str(first.annotation).lower().startswith(("list", "sequence", "<class 'list"))
-    return TerminalReward(_text_scorer(reward, batched=takes_list), label)
+    return TerminalReward(_text_scorer(reward, batched=takes_list), label, [reward])
 
 
 def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:
@@ -184,7 +186,7 @@ class CheckMonotone:
     monotone = True
 
     def __init__(self, reward: Reward, tolerance: float = 1e-9) -> None:
-        self.name = reward.name
+        self.name, self.parts = reward.name, (reward,)
         self._inner, self._tolerance = reward, tolerance
 
     def start(self, context: Context) -> State:
@@ -224,6 +226,7 @@ class _Combined:
         self._parts = [as_reward(part) for part in parts]
         if not self._parts:
             raise UsageError("a combined reward needs at least one part")
+        self.parts = tuple(self._parts)
         self._join = join
         self.name = "combined"
         self.monotone = all(part.monotone for part in self._parts)
