@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from dts.errors import UsageError
+from dts.yamlfile import parse_yaml
 
 METHODS = ("sft", "polychromic", "grpo")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -218,8 +217,8 @@ def assignment(text: str) -> dict[str, Any]:
     if not equals or not key:
         raise UsageError(f"--set {text!r} is no assignment; write key=value, such as lora.r=8")
     try:
-        result: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        result: Any = parse_yaml(value)
+    except ValueError as error:
         raise UsageError(f"--set {text!r}: the value is not valid YAML; quote it") from error
     for part in reversed(key.split(".")):
         result = {part: result}
