@@ -15,6 +15,8 @@ LOWEST := $(addprefix tests/test_,golden.py numbers.py core_edges.py rewards.py 
   registry.py estimator.py charts.py metrics.py statistics.py tracking.py heuristic_reward.py data.py task_rewards.py) \
   --deselect "tests/test_engine.py::test_branching_trees_equal_full_recomputation[gemma2]"
 
+LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .venv-lowest/bin/python
+
 .DEFAULT_GOAL := help
 .PHONY: help run test lint coverage mutation lowest dist bench bench-check adapters docs fetch clean
 
@@ -42,8 +44,11 @@ coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models
 mutation: $(VENV)/.installed-dev  ## 300 small changes to dts/ and search/: how many do the tests catch? (about 20 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/mutation.py --sample 300 --jobs $(JOBS) $(ARGS)
 
-lowest: .venv-lowest/.installed  ## fast tests with the lowest versions of all dependencies (constraints-lowest.txt)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
+lowest: .venv-lowest/.installed  ## with the lowest versions (constraints-lowest.txt): fetch into an empty cache, a run, fast tests
+	rm -rf .venv-lowest/fresh
+	$(LOWEST_RUN) -m dts fetch
+	$(LOWEST_RUN) run_experiments.py --config configs/smoke.yaml --no-wandb --output-dir .venv-lowest/fresh/results
+	TOKENIZERS_PARALLELISM=false $(LOWEST_RUN) -m pytest -q $(LOWEST) $(ARGS)
 
 dist: $(VENV)/.installed-dev  ## sdist and wheel into dist/, their version from git's tags, checked for an upload
 	rm -rf dist

@@ -67,7 +67,8 @@ def _convert_gguf(folder: Path) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    del model.config.quantization_config  # the weights are plain now, and saving must not say otherwise
+    if hasattr(model.config, "quantization_config"):  # older versions of transformers set none
+        del model.config.quantization_config  # the weights are plain now, and saving must not say otherwise
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

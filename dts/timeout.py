@@ -27,7 +27,7 @@ class _Timed(Reward):
     """`extend` and `finish` with a limit; what only reads a state (`earned`, `upper`) is not timed."""
 
     def __init__(self, reward: Reward, seconds: float) -> None:
-        self.name, self.monotone = reward.name, reward.monotone
+        self.name, self.monotone, self.parts = reward.name, reward.monotone, (reward,)
         self._inner, self._seconds = reward, seconds
 
     def start(self, context: Context) -> State:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dts.evaluation.oracle import marked, sees_reference
 from dts.evaluation.results import Record
 
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1)), "v"))  # line, marker by method
@@ -39,6 +40,10 @@ def write_charts(
 def figures(samples: Sequence[Record], rollouts: Sequence[Record], colors: Mapping[str, str]) -> dict[str, Figure]:
     """The charts of one dataset, whose rewards are comparable."""
     s, r = pd.DataFrame(samples), pd.DataFrame(rollouts)
+    known = {(one["model"], one["method"]) for one in samples if sees_reference(one)}
+    for frame in (s, r) if known else ():
+        frame["oracle"] = [key in known for key in zip(frame["model"], frame["method"], strict=True)]
+        frame["method"] = [marked(*row) for row in zip(frame["method"], frame["oracle"], strict=True)]
     return {
         "reward_over_rollouts": reward_over_rollouts(r, colors),
         "monotonicity": monotonicity_bars(s, colors),
@@ -64,8 +69,8 @@ def reward_over_rollouts(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> F
         raw = _by_rollout(own, "rollout_reward").mean(axis=1)
         left.plot(best.index + 1, best, linewidth=2, **style)
         right.plot(raw.index + 1, raw, linewidth=1.6, **style)
-    _finish(left, "Best reward so far", "rollout", "reward (mean over samples)")
-    _finish(right, "Reward of each rollout", "rollout", "")
+    _finish(left, _title("Best reward so far", rollouts), "rollout", "reward (mean over samples)")
+    _finish(right, _title("Reward of each rollout", rollouts), "rollout", "")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, rollouts, colors)
@@ -85,7 +90,7 @@ def monotonicity_bars(samples: pd.DataFrame, colors: Mapping[str, str]) -> Figur
     axes.set_xticks(range(len(groups)), [method for (_, method), _ in groups])
     axes.set_xlim(-0.6, max(len(groups), 1) - 0.4)
     axes.set_ylim(0, 1.12)
-    _finish(axes, "Monotonicity", "", "share of rollouts not worse than the one before")
+    _finish(axes, _title("Monotonicity", samples), "", "share of rollouts not worse than the one before")
     reference_line = Line2D([], [], color=_INK, linewidth=2, linestyle=(0, (3, 1)), label="same rewards, random order")
     handles = [*_model_handles(samples, colors), reference_line]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -104,7 +109,7 @@ def speed_quality(samples: pd.DataFrame, colors: Mapping[str, str]) -> Figure:
                       markersize=9, capsize=3, elinewidth=1.2, linestyle="none")  # fmt: skip
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
-    _finish(axes, "Speed against quality", "seconds per sample", "best reward (mean over samples)")
+    _finish(axes, _title("Speed against quality", samples), "seconds per sample", "best reward (mean over samples)")
     _legend(figure, samples, colors, lines=False)
     return figure
 
@@ -131,7 +136,7 @@ def rollout_heatmap(rollouts: pd.DataFrame) -> Figure:
         axes.set_ylabel("sample")
     for axes in grid[len(groups) :]:
         axes.set_visible(False)
-    figure.suptitle("Reward of every rollout", x=0.01, ha="left", fontsize=12, color=_INK)
+    figure.suptitle(_title("Reward of every rollout", rollouts), x=0.01, ha="left", fontsize=12, color=_INK)
     figure.colorbar(image, ax=grid[: len(groups)], label="reward", fraction=0.05)
     return figure
 
@@ -147,7 +152,7 @@ def reward_vs_tokens(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> Figur
         marker = _LONE_MARKER if len(best) == 1 else {"markersize": 6}
         axes.plot(tokens, best, color=colors[model], linewidth=2, **marker, **styles[method])
     axes.margins(y=0.12)
-    _finish(axes, "Reward for the tokens spent", "tokens forwarded through the model, per sample",
+    _finish(axes, _title("Reward for the tokens spent", rollouts), "tokens forwarded through the model, per sample",
             "best reward so far (mean over samples)")  # fmt: skip
     _legend(figure, rollouts, colors)
     return figure
@@ -174,6 +179,10 @@ def _ticks(labels: Sequence[int], most: int = 10) -> tuple[list[int], list[int]]
     """At most about `most` tick positions with their labels."""
     step = max(1, int(np.ceil(len(labels) / most)))
     return list(range(0, len(labels), step)), list(labels[::step])
+
+
+def _title(text: str, frame: pd.DataFrame) -> str:
+    return marked(text, "oracle" in frame and bool(frame["oracle"].any()))
 
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:

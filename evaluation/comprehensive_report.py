@@ -12,6 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dts.evaluation.oracle import WARNING, marked
+
 Entry = Mapping[str, Any]
 SHOWN = ("diversity", "distinct_2", "self_bleu", "rouge_l", "valid", "engagement", "judge", "train_reward", "pass@1",
          "pass@5", "pass@10", "words")  # fmt: skip
@@ -37,6 +39,11 @@ def measures_of(summary: Entry) -> list[str]:
     return [*summary.get("checks", ()), *SHOWN]
 
 
+def _shown(summary: Entry, name: str) -> str:
+    """A measure's name, with the mark where it is a check that sees the reference."""
+    return marked(name, name in summary.get("oracles", ()))
+
+
 # Tables, as lists of rows with the header first ----------------------------------------------------------------------
 
 
@@ -46,7 +53,7 @@ def models_table(summary: Entry) -> list[list[str]]:
     rows = [["measure", *(f"{name} ({len(model['seeds'])} seed{'s'[: len(model['seeds']) > 1]})"
                           for name, model in models.items())]]  # fmt: skip
     for name in names:
-        rows.append([name, *(_interval(model["measures"].get(name)) for model in models.values())])
+        rows.append([_shown(summary, name), *(_interval(model["measures"].get(name)) for model in models.values())])
     return rows
 
 
@@ -58,7 +65,7 @@ def contrasts_table(summary: Entry) -> list[list[str]]:
             numbers = [*(_number(entry.get(key), 4) for key in ("p", "p_holm", "p_wilcoxon")),
                        *(_number(entry.get(key)) for key in ("d", "d_z"))]  # fmt: skip
             by_seed = " ".join(f"{value:+.3f}" for value in entry.get("by_seed", []))
-            rows.append([pair, name, _interval(entry, sign=True), *numbers, by_seed or "-"])
+            rows.append([pair, _shown(summary, name), _interval(entry, sign=True), *numbers, by_seed or "-"])
     return rows
 
 
@@ -107,6 +114,8 @@ def facts(summary: Entry) -> list[str]:
         f"train_reward: {summary['train_reward']}.",
         CAUTION,
     ]
+    if summary.get("oracles"):
+        lines.insert(0, f"Oracle reward: {', '.join(summary['oracles'])}. {WARNING}")
     if "scorer" in summary:
         found = summary["scorer"]["rank_correlation_with_engagement"]
         lines.append(
@@ -228,7 +237,7 @@ def measures_picture(summary: Entry) -> Figure:
             _point(axes, x, model["measures"][name], color)
             seeds = model["measures"][name]["seed_means"]
             axes.plot([x + 0.15] * len(seeds), seeds, ".", color=color, markersize=4)
-        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_title(_shown(summary, name), loc="left", fontsize=10)
         axes.set_xticks(range(len(models)), [name.replace("_", "\n") for name in models], fontsize=7)
         axes.set_xlim(-0.5, len(models) - 0.5)
         axes.spines[["top", "right"]].set_visible(False)
@@ -245,7 +254,7 @@ def _point(axes: Any, x: float, entry: Entry, color: str) -> None:
 
 def contrasts_picture(summary: Entry) -> Figure:
     """d_z of every contrast and measure: how large a paired difference is against its spread."""
-    rows = [(f"{pair}: {name}", found[name]["d_z"], (found[name].get("p_holm") or 1) < 0.05)
+    rows = [(f"{pair}: {_shown(summary, name)}", found[name]["d_z"], (found[name].get("p_holm") or 1) < 0.05)
             for pair, found in summary["contrasts"].items() for name in measures_of(summary)
             if name in found and found[name]["d_z"] is not None]  # fmt: skip
     figure = Figure(figsize=(8, 1 + 0.24 * max(len(rows), 2)), layout="constrained")

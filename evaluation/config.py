@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +16,7 @@ from dts.yamlfile import read_yaml
 
 WANDB_MODES = ("online", "offline", "disabled")
 QUANTIZATIONS = ("8bit", "4bit")
+MOST = sys.float_info.max  # a larger integer has no float
 
 _LISTS = ("models", "datasets", "methods", "seeds")
 _SINGULAR = {"model": "models", "dataset": "datasets", "method": "methods", "seed": "seeds"}
@@ -151,7 +152,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
 def _are_seeds(value: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dts.evaluation.backend import Backend
 from dts.evaluation.metrics import monotonicity, shuffled_monotonicity
+from dts.evaluation.oracle import is_oracle
 from dts.evaluation.plan import Job, Plan
 from dts.evaluation.report import tree_record
 from dts.evaluation.results import Record
@@ -34,8 +35,11 @@ def run_job(
     """Decode one example with one method on the loaded model; `on_rollout` gets each rollout as it finishes."""
     config, task = plan.config, plan.tasks[job.dataset]
     example = task.examples[job.sample]
-    head = {**job._asdict(), "id": example.id}
+    head: Record = {**job._asdict(), "id": example.id}
     reward = task.reward(example)
+    oracle = is_oracle(reward)
+    if oracle:
+        head["oracle"] = True  # rollouts and trees carry the mark too
     if config.reward_timeout is not None:
         reward = with_timeout(reward, config.reward_timeout)
     rollouts: list[Record] = []
@@ -60,9 +64,8 @@ def run_job(
         on_rollout=take,
     )
     tree = {**head, **tree_record(result, lm.decode)} if job.sample < config.save_trees else None
-    return Outcome(
-        job, {**head, "prompt": example.prompt, "reward": reward.name, **sample_record(result)}, rollouts, tree
-    )
+    about = {"prompt": example.prompt, "reward": reward.name, "oracle": oracle}
+    return Outcome(job, {**head, **about, **sample_record(result)}, rollouts, tree)
 
 
 def sample_seed(seed: int, index: int) -> int:

@@ -167,9 +167,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def parse(answer: str) -> float:
     """What an answer is worth for the reply shown first. Raises `BadAnswer` unless it is exactly the JSON asked for."""
     try:
-        content = json.loads(answer)
-    except ValueError as error:
+        content = json.loads(answer, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise BadAnswer(answer) from error
     if not isinstance(content, dict) or set(content) != {"winner"} or content["winner"] not in (*VERDICTS,):
         raise BadAnswer(answer)
     return VERDICTS[content["winner"]]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two winners Python's reader would take the last."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)

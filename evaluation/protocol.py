@@ -14,6 +14,7 @@ from dts.evaluation import comparison
 from dts.evaluation.comprehensive_report import write_report
 from dts.evaluation.generations import Sampled, Source, sample_models
 from dts.evaluation.judge import Judge
+from dts.evaluation.oracle import is_oracle
 from dts.evaluation.replies import (
     CODING,
     CODING_ALL,
@@ -135,7 +136,8 @@ def _prepare(
     if checks:
         yardstick = Yardstick(None, None, 0.0, checks)
         return items, yardstick, about | {"success": yardstick.predicate, "train_reward": "not computed",
-                                  "checks": [check.name for check in checks]}  # fmt: skip
+                                  "checks": [check.name for check in checks],
+                                  "oracles": [check.name for check in checks if is_oracle(check)]}  # fmt: skip
     train = read_rows(settings.train_data) if settings.train_data else []
     known = [row for row in rows if row.engagement is not None]
     scorer = CrossFitted(known, settings.seed) if len(known) > 50 else None

@@ -19,6 +19,7 @@ from dts.errors import UsageError
 from dts.evaluation.backend import Backend
 from dts.evaluation.charts import write_charts
 from dts.evaluation.jobs import Outcome
+from dts.evaluation.oracle import oracles
 from dts.evaluation.plan import Job, Plan, Unit, describe
 from dts.evaluation.progress import Progress
 from dts.evaluation.report import write_report
@@ -228,6 +229,7 @@ def write_outputs(plan: Plan, folder: RunFolder, *, seconds: float, draw: bool) 
         "rollouts": len(rollouts),
         "rollouts_of_unfinished_samples": sum(Job.of(rollout) not in finished for rollout in rollouts),
         "rewards": sorted({sample["reward"] for sample in samples}),
+        "oracles": oracles(samples),
     }
     baselines = {name: task.baselines() for name, task in plan.tasks.items()}
     summary = {**head, "runs": summarise(samples, plan.tasks, plan.colors), "baselines": baselines}

@@ -27,6 +27,7 @@ import numpy as np
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation import statistics
+from dts.evaluation.oracle import marked, sees_reference
 from dts.evaluation.plan import Job
 from dts.evaluation.report.records import load_runs
 from dts.evaluation.results import Record
@@ -45,6 +46,12 @@ class Answers:
     label: str
     seeds: Sequence[Rows]
     costs: Sequence[Mapping[str, tuple[float, float]]] = ()  # tokens forwarded and seconds; empty without a model
+    oracle: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The label with the mark of an oracle."""
+        return marked(self.label, self.oracle)
 
     def cost(self, ids: Sequence[str]) -> tuple[float | None, float | None]:
         """Mean tokens forwarded and seconds per example."""
@@ -109,7 +116,7 @@ def _answers(
         costs = [{s["id"]: (s["forwarded_tokens"], s["time"]) for s in of_seed} for of_seed in seeds.values()]
         for kind, text in _kinds(task, paths, reward_scale, own).items():
             rows = [task.details({s["id"]: text(s) for s in of_seed}) for of_seed in seeds.values()]
-            found.append(Answers(f"{model} {method} {kind}", rows, costs))
+            found.append(Answers(f"{model} {method} {kind}", rows, costs, any(map(sees_reference, own))))
         for count in after:
             if all(sample["rollouts"] > count for sample in own):
                 found.append(_stopped(task, paths, list(seeds.values()), count, f"{model} {method} after {count}"))
@@ -124,7 +131,8 @@ def _stopped(
     best = {job: max(rollouts, key=lambda rollout: rollout["rollout_reward"]) for job, rollouts in first.items()}
     rows = [task.details({s["id"]: str(best[Job.of(s)]["text"]) for s in of_seed}) for of_seed in seeds]
     last = {job: (rollouts[-1]["tokens"], rollouts[-1]["time"]) for job, rollouts in first.items()}
-    return Answers(label, rows, [{s["id"]: last[Job.of(s)] for s in of_seed} for of_seed in seeds])
+    costs = [{s["id"]: last[Job.of(s)] for s in of_seed} for of_seed in seeds]
+    return Answers(label, rows, costs, any(sees_reference(s) for of_seed in seeds for s in of_seed))
 
 
 def _kinds(
@@ -187,7 +195,7 @@ def _table(task: Task, answers: Sequence[Answers], ids: Sequence[str], against: 
 
     lines = [
         [
-            one.label,
+            one.shown,
             cell(exact[one.label], values[one.label]),
             *(number(one.metric(task, name, ids)) for name in others),
             *(minus(one.label, other.label) for other in references),
@@ -195,7 +203,7 @@ def _table(task: Task, answers: Sequence[Answers], ids: Sequence[str], against: 
         ]
         for one in answers
     ]
-    minuses = [f"{head} - that of {other.label}" for other in references]
+    minuses = [f"{head} - that of {other.shown}" for other in references]
     return markdown(["answers", f"{head} ({task.metrics[head]})", *others, *minuses, "tokens", "s"], lines)
 
 

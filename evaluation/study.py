@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation.jobs import sample_seed
+from dts.evaluation.oracle import is_oracle
 from dts.evaluation.results import Record, RunFolder, reported, write_json
 from dts.evaluation.study_report import REFERENCE, write_report
 from dts.evaluation.tasks import load_task
@@ -124,10 +125,11 @@ def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Reco
             return known
         import dts
 
+        reward = task.reward(example)
         result = dts.decode(
             lm,
             example.prompt,
-            reward=task.reward(example),
+            reward=reward,
             method=METHODS[name](rollouts, study.reward_scale),
             max_new_tokens=study.max_tokens,
             stop=task.stop,
@@ -135,7 +137,8 @@ def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Reco
             seed=sample_seed(cell.seed, cell.index) + (0 if name == REFERENCE else 1),
             budget=budget,
         )
-        return {**head, "method": name, **outcome(result, study.draws)}
+        mark = {"oracle": True} if is_oracle(reward) else {}
+        return {**head, "method": name, **mark, **outcome(result, study.draws)}
 
     reference = search(REFERENCE, max(study.budgets), None)
     yield reference

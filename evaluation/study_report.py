@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
+from dts.evaluation.oracle import WARNING, marked
 from dts.evaluation.results import Record, read_jsonl, write_text
 from dts.evaluation.statistics import Interval, bootstrap, mean, paired_difference
 
@@ -23,10 +24,13 @@ def write_report(folder: Path) -> str:
     if not (folder / "study.jsonl").exists():
         raise UsageError(f"{folder} holds no study.jsonl; run the study first")
     settings = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    cells = _cells(read_jsonl(folder / "study.jsonl"))
+    records = read_jsonl(folder / "study.jsonl")
+    cells = _cells(records)
     parts = [
         f"Model {settings['model']}, lambda {settings['reward_scale']:g}, {settings['max_tokens']} tokens at most."
     ]
+    if any(record.get("oracle") for record in records):
+        parts.append(f"**Oracle reward.** {WARNING}")
     parts += [
         "## Best reward at equal forwarded tokens\n\n" + _table(*at_equal_tokens(cells, settings["budgets"])),
         "## Tokens to reach the best reward of best-of-N\n\n" + _table(*tokens_to_reach(cells, settings["budgets"])),
@@ -48,7 +52,8 @@ def _cells(records: Sequence[Record]) -> dict[str, list[dict[str, Record]]]:
     cells: dict[str, list[dict[str, Record]]] = {}
     for (dataset, *_), cell in found.items():
         if REFERENCE in cell:
-            cells.setdefault(dataset, []).append(cell)
+            oracle = any(record.get("oracle") for record in cell.values())
+            cells.setdefault(marked(dataset, oracle), []).append(cell)
     return cells
 
 
@@ -117,6 +122,9 @@ def quality(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
     rows = []
     for dataset, every in cells.items():
         for name, own in _by_method(every):
+            own = [cell for cell in own if cell[name]["completions"]]  # a budget may end before the first one
+            if not own:
+                continue
             best = [cell[name]["completions"][0] for cell in own]
             per_token = [c["logprob"] / c["length"] for c in best]
             records = [cell[name] for cell in own]

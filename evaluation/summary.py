@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dts.evaluation import statistics
+from dts.evaluation.oracle import WARNING, marked, sees_reference
 from dts.evaluation.results import Record
 from dts.evaluation.tasks.base import Task
 
@@ -39,6 +40,7 @@ def summarise(
             "method": method,
             "color": colors[model],
             "seeds": sorted({s["seed"] for s in own}),
+            **({"oracle": True} if any(map(sees_reference, own)) else {}),
             **_aggregate(own, tasks[dataset]),
             **({} if by_seed else {"best_reward_interval": _reward_interval(own, tasks[dataset])}),
         }
@@ -95,6 +97,7 @@ def report(summary: Record) -> str:
         f"{', '.join(summary['rewards']) or '-'}, lambda {config['reward_scale']:g}, "
         f"{_seeds(config['seeds'])}, {summary['seconds']:.1f} s in all.",
         "",
+        *([f"**Oracle reward: {', '.join(summary['oracles'])}.** {WARNING}", ""] if summary.get("oracles") else []),
         table(runs),
         "",
         "Best reward: mean over samples, 95 % bootstrap interval. Tokens: forwarded through the model per sample.",
@@ -120,7 +123,7 @@ def table(runs: Sequence[Record]) -> str:
         [
             run["model"],
             run["dataset"],
-            run["method"],
+            marked(run["method"], sees_reference(run)),
             str(run["samples"]),
             number(run["final/avg_best_reward"]) + _bracket(run["best_reward_interval"]),
             number(run["forwarded_tokens"], 0),
@@ -137,7 +140,7 @@ def table(runs: Sequence[Record]) -> str:
 
 def metric_table(runs: Sequence[Record], baselines: Mapping[str, Mapping[str, float]]) -> str:
     """Task metrics of every run, and of the baselines on the same examples; empty where there are none."""
-    scored = [([run["model"], run["method"]], run["metrics"]) for run in runs]
+    scored = [([run["model"], marked(run["method"], sees_reference(run))], run["metrics"]) for run in runs]
     scored += [(["-", name], metrics) for name, metrics in baselines.items()]
     names = list(dict.fromkeys(name for _, metrics in scored for name in metrics))
     if not names:

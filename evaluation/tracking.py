@@ -8,17 +8,20 @@ One tracker run per model, or per model, data set and seed where the configurati
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import netrc
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
 from dts.errors import UnavailableError, UsageError
-from dts.evaluation.results import Record
+from dts.evaluation.oracle import WARNING, marked
+from dts.evaluation.results import Record, reported, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -118,6 +121,8 @@ class WandbTracker:
             "project": PROJECT,
             "dir": str(self._folder),
             "name": run_name(self._experiment, model, config),
+            "id": self._run_id(model, config),
+            "resume": "allow",  # a run that is tracked again, because it was resumed, is the same run
             "group": self._folder.name,
             "tags": [model[:64], *_tags(config), color, *methods],
             "config": {**config["config"], **config, "model": model, "color": color},
@@ -134,6 +139,16 @@ class WandbTracker:
         logger.info("W&B run %s (%s) in %s", run.name, self._mode, self._folder / "wandb")
         return _WandbRun(run, model, methods[0], unit(config))
 
+    def _run_id(self, model: str, config: Record) -> str:
+        """The same for one run folder, model, data set and seed, in every process and wherever the folder lies."""
+        key = self._folder / "wandb" / "run-key"
+        if not key.exists():
+            with reported(key):
+                key.parent.mkdir(parents=True, exist_ok=True)
+            write_text(key, uuid.uuid4().hex + "\n")
+        parts = [key.read_text(encoding="utf-8").strip(), model, unit(config)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
 
 def _tags(config: Record) -> list[str]:
     own = unit(config)
@@ -149,6 +164,7 @@ class _WandbRun:
         self._run, self._model, self._primary, self._of = run, model, primary, of
         self._step = -1
         self._rows: list[Record] = []
+        self._oracle = False
 
     def _log(self, values: Record) -> None:
         self._run.log(values, step=max(self._step, 0))
@@ -156,6 +172,10 @@ class _WandbRun:
     def log_rollout(self, record: Record) -> None:
         self._step += 1
         self._rows.append(record)
+        if record.get("oracle") and not self._oracle:
+            self._oracle = True
+            self._run.tags = (*self._run.tags, "oracle")
+            self._run.config.update({"oracle": True}, allow_val_change=True)
         self._log(named(record["method"], self._primary, {key: record[key] for key in ROLLOUT_KEYS}))
 
     def log_sample(self, record: Record) -> None:
@@ -177,6 +197,9 @@ class _WandbRun:
         def table(columns: Sequence[str], rows: list[Any]) -> Any:
             return wandb.Table(columns=list(columns), data=rows)
 
+        def title(text: str) -> str:
+            return marked(text, self._oracle)
+
         methods = list(dict.fromkeys(r["method"] for r in self._rows))
         curves = [_mean_best(self._rows, method) for method in methods]
         bars = [[r["method"], r["final/avg_monotonicity"]] for r in runs if r["final/avg_monotonicity"] is not None]
@@ -185,12 +208,12 @@ class _WandbRun:
             "rollouts": table(TABLE_COLUMNS, [[row[column] for column in TABLE_COLUMNS] for row in self._rows]),
             "reward_over_rollouts": wandb.plot.line_series(
                 xs=[list(range(1, len(curve) + 1)) for curve in curves], ys=curves, keys=methods,
-                title=f"Best reward so far, {self._model}", xname="rollout"),
+                title=title(f"Best reward so far, {self._model}"), xname="rollout"),
             "monotonicity": wandb.plot.bar(
-                table(["method", "monotonicity"], bars), "method", "monotonicity", title="Monotonicity"),
+                table(["method", "monotonicity"], bars), "method", "monotonicity", title=title("Monotonicity")),
             "speed_quality": wandb.plot.scatter(
                 table(["method", "seconds per sample", "best reward"], points),
-                "seconds per sample", "best reward", title="Speed against quality"),
+                "seconds per sample", "best reward", title=title("Speed against quality")),
         }  # fmt: skip
 
 
@@ -239,6 +262,7 @@ class _TensorBoardRun:
     def __init__(self, writer: SummaryWriter, model: str, primary: str, of: Record) -> None:
         self._writer, self._model, self._primary, self._of = writer, model, primary, of
         self._step = -1
+        self._oracle = False
 
     def _log(self, method: str, values: Record) -> None:
         for key, value in named(method, self._primary, values).items():
@@ -247,6 +271,9 @@ class _TensorBoardRun:
     def log_rollout(self, record: Record) -> None:
         self._step += 1
         self._log(record["method"], {key: record[key] for key in ROLLOUT_KEYS})
+        if record.get("oracle") and not self._oracle:
+            self._oracle = True
+            self._writer.add_text("oracle", f"Oracle reward. {WARNING}", 0)
         self._writer.flush()
 
     def log_sample(self, record: Record) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 from dts.errors import RewardError, UsageError
 from dts.evaluation.backend import Backend
 from dts.evaluation.config import ExperimentConfig
+from dts.evaluation.oracle import OracleReward
 from dts.evaluation.tasks.base import Example
 from dts.results import Completion, Result, Rollout, Usage
-from dts.rewards import Context, Finished, Reward, TerminalReward
+from dts.rewards import Context, Finished, Reward, TerminalReward, weighted_sum
 from dts.settings import Budget
 from dts.tree import Tree
 
@@ -70,6 +71,16 @@ class FakeTask:
 
     def baselines(self) -> dict[str, dict[str, float]]:
         return {"majority": {"accuracy": 0.25}}
+
+
+@dataclass(frozen=True)
+class OracleTask(FakeTask):
+    """Its reward hides an oracle in a sum, under a name that does not say so."""
+
+    def reward(self, example: Example) -> Reward:
+        plain = super().reward(example)
+        seen = OracleReward(lambda context, finished: [0.5] * len(finished), "answer key")
+        return weighted_sum([(plain, 1.0), (seen, 1.0)])
 
 
 def fake_decode(

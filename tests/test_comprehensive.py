@@ -123,7 +123,8 @@ def test_answers_that_are_not_the_json_asked_for_are_counted_not_repaired(stub, 
 
 
 @pytest.mark.parametrize("answer", ["", "1", "[]", '{"winner": 1}', '{"winner": ["1"]}', '{"winner": "1", "x": 0}',
-                                    '{"winner": "3"}', '```json\n{"winner": "1"}\n```', "null"])  # fmt: skip
+                                    '{"winner": "3"}', '```json\n{"winner": "1"}\n```', "null",
+                                    '{"winner": "1", "winner": "2"}', "[" * 5000])  # fmt: skip
 def test_only_strict_json_is_read(answer):
     with pytest.raises(Exception) as caught:
         parse(answer)

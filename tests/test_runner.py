@@ -147,7 +147,7 @@ def test_names_are_matched_whatever_their_case_and_doubles_dropped() -> None:
     [
         *[("num_samples", 0), ("num_rollouts", -1), ("max_tokens", 0), ("max_tokens", 2.5), ("top_k", 0)],
         *[("top_p", 0.0), ("top_p", 1.1), ("temperature", 0.0), ("temperature", math.nan), ("data_seed", -1)],
-        *[("reward_scale", -1.0), ("reward_scale", math.inf), ("rollout_batch", 0)],
+        *[("reward_scale", -1.0), ("reward_scale", math.inf), ("reward_scale", 10**400), ("rollout_batch", 0)],
         *[("seeds", (0, -1)), ("seeds", ()), ("datasets", ()), ("max_kv_bytes", "2 rabbits"), ("max_kv_bytes", 0)],
         *[("quantization", "3bit"), ("save_trees", -1), ("tracker", "mlflow"), ("device", 3), ("models", (1,))],
         *[("experiment_name", "a/b"), ("wandb_mode", "later"), ("models", ()), ("methods", ())],

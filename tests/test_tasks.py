@@ -53,7 +53,7 @@ def test_every_listed_task_loads(tmp_path, name):
     assert example.prompt[-1]["role"] == "user"
     assert set(task.clusters) == {one.id for one in task.examples}
     reward = task.reward(example)
-    assert reward.monotone and not oracle.is_oracle(reward.name)
+    assert reward.monotone and not oracle.is_oracle(reward)
     scores = task.score({e.id: "gibberish" for e in task.examples})
     assert scores["parse_failures"] == 1.0
     assert list(scores) == list(task.metrics)
@@ -174,7 +174,7 @@ def test_oracle_rewards_are_named_as_such(tmp_path):
     task = load_task("har", data_dir=write_har(tmp_path / "a"))
     example = task.examples[0]
     reward = oracle.oracle_reward(task, example, "oracle-accuracy")
-    assert oracle.is_oracle(reward.name) and oracle.is_oracle(dts.weighted_sum([(reward, 1.0)]).name)
+    assert oracle.is_oracle(reward) and oracle.is_oracle(dts.weighted_sum([(reward, 1.0)]))
     right = task._references[example.id].replace("_", " ")
     done = [Finished((), f"Answer: {right}"), Finished((), "?")]
     assert reward.finish([None, None], done) == [1.0, 0.0]

@@ -123,7 +123,7 @@ def test_configs_of_the_repository(file, nothing_runs):
         assert (grpo.kl_coeff, grpo.temperature, grpo.n_generations, config.learning_rate) == (0.1, 0.8, 4, 1e-5)
         assert config.warm_start == f"output/experiments/{file.stem.removeprefix('grpo_from_')}_warmstart/seed_42"
     smoke = from_mapping(cli.read_config(file), SMOKE)
-    assert (smoke.model, smoke.max_steps) == ("smollm2-135m", 4)
+    assert (smoke.model, smoke.max_steps, smoke.warm_start) == ("smollm2-135m", 4, None)
     assert smoke.folder.startswith("output/experiments/")
 
 

@@ -26,7 +26,7 @@ from dts.training.config import TrainConfig
 from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
 from dts.training.extra import require_train_extra
-from dts.training.rewards import find_reward
+from dts.training.rewards import check_prompts, find_reward
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def prepare(config: TrainConfig, *, resume: str | None = None, overwrite: bool =
         named(config.polychromic.distance, DISTANCES, "polychromic.distance")
         named(config.polychromic.gate, GATES, "polychromic.gate")
     if config.method == "grpo" and ":" in config.grpo.reward:
-        named(config.grpo.reward, {}, "grpo.reward")
+        check_prompts(named(config.grpo.reward, {}, "grpo.reward"), rows, f"grpo.reward={config.grpo.reward}")
     check_warm_start(config)
     check_folder(config, resume, overwrite)
     return rows

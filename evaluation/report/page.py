@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from dts.evaluation import charts, statistics
+from dts.evaluation.oracle import marked, oracles, sees_reference
 from dts.evaluation.report.records import Run, load_runs
 from dts.evaluation.report.svg import inline_svg
 from dts.evaluation.results import Record, to_json, write_text
@@ -59,6 +60,7 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters["number"] = number
+    environment.filters["method"] = lambda record: marked(record["method"], sees_reference(record))
     template = environment.from_string((files / "report.html").read_text(encoding="utf-8"))
     return template.render(
         title=" and ".join(dict.fromkeys(run.summary["experiment"] for run in runs)),
@@ -66,7 +68,7 @@ def render(runs: Sequence[Run]) -> str:
         colors={model: color for run in runs for model, color in run.colors.items()},
         settings=_settings(runs),
         rewards=rewards,
-        oracles=[name for name in rewards if name.startswith("oracle")],
+        oracles=oracles(samples),
         datasets=[_dataset(name, runs) for name in dict.fromkeys(sample["dataset"] for sample in samples)],
         trees=trees,
         data=_inert(trees),
@@ -110,8 +112,8 @@ def _dataset(name: str, runs: Sequence[Run]) -> Record:
     return {
         "name": name,
         "charts": [
-            {"name": key, "title": title, "caption": caption,
-             "svg": Markup(inline_svg(drawn[key], f"{_slug(name)}-{key}", title))}
+            {"name": key, "title": marked(title, bool(oracles(samples))), "caption": caption,
+             "svg": Markup(inline_svg(drawn[key], f"{_slug(name)}-{key}", marked(title, bool(oracles(samples)))))}
             for key, (title, caption) in CHARTS.items()
         ],
         "rows": [{**cell, "difference": _difference(cell, cells[0], samples)} for cell in cells],
