@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+import runpy
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_search_page_own_algorithm(tiny_lm):
     result = dts.decode(tiny_lm, "Once", method=run(code)["Half"](), max_new_tokens=10)
     assert len(result.rollouts) == 2 and len(result.completions) == 2
     assert result.usage.forwarded_tokens == result.usage.unique_tokens
+
+
+def test_the_drawing_of_the_worked_example_is_what_its_script_draws():
+    names = runpy.run_path(str(ROOT / "docs/images/worked_tree.py"))
+    assert names["drawing"]() == (ROOT / "docs/images/worked_tree.svg").read_text(encoding="utf-8")
+    assert {key: round(value, 2) for key, value in names["values"]().items()} == {
+        "warm": 4.19,
+        "grey": 1.11,
+        "root": 2.34,
+        "open": 2.1,
+    }
 
 
 def test_rewards_page(tiny_lm):
