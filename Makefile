@@ -70,7 +70,7 @@ adapters: $(VENV)/.installed-dev  ## train the adapters of har-zero and m4-full 
 	$(RUN) -m dts.training train --config configs/experiments/adapter_m4.yaml --resume-from-checkpoint auto
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 fetch: $(VENV)/.installed  ## only fetch the embedded model and the offline data into the cache
 	$(RUN) -m dts fetch
@@ -98,6 +98,9 @@ $(VENV)/.installed-dev: $(DEPENDS) | $(RUN)
 	  --editable '.[ray,tensorboard,train]' hypothesis packaging pytest
 	@touch $@
 
+# KaTeX as plain files. The package that ships them is a plugin of a framework that nobody needs here: no dependencies.
 $(VENV)/.installed-docs: $(DEPENDS) | $(RUN)
 	$(INSTALL) '.[docs]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+	  --target $(VENV)/katex djangocms-katex
 	@touch $@ $(VENV)/.installed
