@@ -55,7 +55,11 @@ def random_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random model whose logits differ enough from token to token to show a mistake."""
     name, arguments = {**FAMILIES, **SLOW_FAMILIES}[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments))
+    return randomize(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)))
+
+
+def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Weights large enough to tell tokens apart; in eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
