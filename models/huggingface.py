@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dts.errors import UsageError
 from dts.models.loading import load_pretrained
 from dts.models.registry import ModelSpec, resolve
-from dts.models.rope import RopeLimit, rope_limits
+from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, tree_problem
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
 from dts.models.treecache import Prefix
@@ -87,7 +87,7 @@ class HFModel:
         self._core = core_of(model)
         text_config = model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
-        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context_length = context_length(text_config)
         self.eos_ids = _eos_ids(model, tokenizer)
         self._allow_unknown_ids = allow_unknown_ids
         self._lock = threading.Lock()  # of what is found out once, below
@@ -105,8 +105,10 @@ class HFModel:
     @property
     def device(self) -> torch.device:
         """Where token ids enter the model."""
-        device: torch.device = self._core.get_input_embeddings().weight.device
-        return device
+        embeddings = self._core.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        # A layer that accelerate keeps elsewhere says where it computes.
+        return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
 
     def view(self) -> ModelView:
         """The model as it is now, for one session: in eval mode, and with modules and configs of its own."""

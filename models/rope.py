@@ -35,6 +35,13 @@ def rope_limits(config: Any) -> list[RopeLimit]:
     ]
 
 
+def context_length(config: Any) -> int | None:
+    """Tokens that a text model can hold. Dynamic frequencies stretch what its embeddings were made for."""
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    factors = [float(rope.get("factor") or 1.0) for kind, rope in _ropes(config) if "dynamic" in kind]
+    return longest if longest is None else int(longest * max(factors, default=1.0))
+
+
 def _limit(kind: str, parameters: dict[str, Any], config: Any) -> int | None:
     longest: int | None = getattr(config, "max_position_embeddings", None)
     original: int | None = getattr(config, "original_max_position_embeddings", None)

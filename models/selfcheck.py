@@ -1,12 +1,11 @@
 """Whether a model's numbers can be trusted: through the tree cache, and by recomputation.
 
-Both checks send seven tokens. What a model does only to long sequences (windows, chunks, sparse attention, scales that
+Both checks send a few tokens. What a model does only to long sequences (windows, chunks, sparse attention, scales that
 grow with the position) is made to happen within them: a second check runs on a view whose limits are a few tokens.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,17 +20,16 @@ from dts.models.rope import rope_limits
 from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.view import ModelView
 
-log = logging.getLogger(__name__)
-
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # absolute, in logits
 LOW_PRECISION_TOLERANCE = 0.25
-PROMPT, TAIL = 3, 2  # tokens of the check's prompt and of each of its two branches
+PROMPT, TAIL = 3, 3  # tokens of the check's prompt and of each of its two branches
 SHORT = 3  # what a limit becomes in the second check
 # Names in configs and modules of what begins to act at some length.
 LIMITS = re.compile(
     r"(sliding_window|window)(_size|s)?|attention_window(_size)?|attention_chunk_size|local_window|index_topk(_blocks)?|"
     r"floor_scale|log_scaling_n_floor|((lsh|local)_attn_)?chunk_length"
 )
+ROPE_LIMIT = "original_max_position_embeddings"  # in rope parameters: some families scale queries by the position
 
 
 def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> str | None:
@@ -40,7 +38,7 @@ def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.d
     if not getattr(core, "_supports_attention_backend", False) or getattr(core, "_is_stateful", False):
         return "its attention cannot be given another cache"
     ids = check_ids(core.config, vocab_size, PROMPT + 2 * TAIL)
-    for make in (view, lambda: shortened(view())):
+    for make in _views(view):
         try:
             problem = _difference(make, ids, device)
         except Exception as error:  # what it meant for tensors and caches of its own can fail in any way
@@ -58,8 +56,9 @@ def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.dev
     prefix = prefill(view, prompt, device, chunk=PROMPT - 1)  # in two pieces, as a long prompt is
     view.attend_with(ATTENTION)
     tree = TreeSession(view, prefix, device=device, lanes=2, max_new_tokens=TAIL + 1)
-    slots = tree.extend([PROMPT_SLOT] * 2, [branch[0] for branch in branches])
-    slots = tree.extend(slots, [branch[1] for branch in branches])
+    slots = [PROMPT_SLOT, PROMPT_SLOT]
+    for step in range(TAIL):
+        slots = tree.extend(slots, [branch[step] for branch in branches])
     direct = torch.cat([whole_logits(make(), [*prompt, *branch], device)[:, -1] for branch in branches])
     error = (tree.logits(slots).float() - direct.float()).abs().max().item()
     return None if error <= tolerance(direct) else f"its logits differ by {error:.3g}"
@@ -67,18 +66,15 @@ def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.dev
 
 def refuse_unless_causal(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> None:
     """Raises `UsageError` where plain calls of a model give no probability of the next token."""
-    core = view().core
-    try:
-        problem = _recompute_problem(view, vocab_size, device)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        problem = f"it gives no logits for token ids alone ({first_line(error)})"
-    if problem is None:
+    core, problem = view().core, None
+    for make in _views(view):
         try:
-            problem = _recompute_problem(lambda: shortened(view()), vocab_size, device)
+            problem = problem or _recompute_problem(make, vocab_size, device)
         except Exception as error:
-            log.debug("%s does not run with short windows: %s", type(core).__name__, error)
+            if is_out_of_memory(error):
+                raise
+            if make is view:
+                problem = f"it gives no logits for token ids alone ({first_line(error)})"
     if problem is not None:
         decoder = getattr(core.config, "is_decoder", None) is False
         remedy = "; if it was trained as a decoder, load it with is_decoder=True in its config" if decoder else ""
@@ -117,22 +113,27 @@ def check_ids(config: Any, vocab_size: int, count: int) -> list[int]:
     return [usual[i % len(usual)] for i in range(count)]
 
 
-def shortened(view: ModelView) -> ModelView:
-    """The view with every limit on lengths set to a few tokens."""
-    for config in view.configs():
-        _shorten(config.__dict__)
-        rope = getattr(config, "rope_parameters", None)
-        if isinstance(rope, dict) and "original_max_position_embeddings" in rope and not rope_limits(config):
-            rope["original_max_position_embeddings"] = SHORT  # scales by the position; frequencies are computed before
-    for module in view.modules():
-        _shorten(module.__dict__)
+def _views(view: Callable[[], ModelView]) -> list[Callable[[], ModelView]]:
+    """Views as they are and, for models with limits on lengths, shortened ones."""
+    return [view, lambda: shorten(view())] if _limits(view()) else [view]
+
+
+def shorten(view: ModelView) -> ModelView:
+    """Set every limit on lengths to a few tokens."""
+    for held, name in _limits(view):
+        held[name] = _short(held[name])
     return view
 
 
-def _shorten(held: dict[str, Any]) -> None:
-    for name, value in list(held.items()):
-        if LIMITS.fullmatch(name):
-            held[name] = _short(value)
+def _limits(view: ModelView) -> list[tuple[dict[str, Any], str]]:
+    """Where a view's configs and modules keep limits that are longer than the check, and under which names."""
+    holders = [vars(holder) for holder in (*view.configs(), *view.modules())]
+    places = [(held, name) for held in holders for name in held if LIMITS.fullmatch(name)]
+    for config in view.configs():
+        rope = getattr(config, "rope_parameters", None) or {}
+        if ROPE_LIMIT in rope and not rope_limits(config):  # where the frequencies follow it, it must stay
+            places.append((rope, ROPE_LIMIT))
+    return [(held, name) for held, name in places if _short(held[name]) != held[name]]
 
 
 def _short(value: Any) -> Any:

@@ -47,7 +47,10 @@ SIZES = [
         (r"(.*_)?num_key_value_heads|(.*_)?kv_n?_?heads", 2),
         (r"(.*_)?head_(dim|size)|d_kv|kv_channels|attention_head_dim|qk_nope_head_dim", HEAD_DIM),
         (r"rotary_dim|qk_rope_head_dim", 4),
-        (r"d_model|n_embd|dim|emb_dim|(.*_)?embed(ding)?_(dim|size)|(.*_)?hidden_size|(.*_)?embed_proj_dim|d_embed", 32),
+        (
+            r"d_model|n_embd|dim|emb_dim|(.*_)?embed(ding)?_(dim|size)|(.*_)?hidden_size|(.*_)?embed_proj_dim|d_embed",
+            32,
+        ),
         (r"(.*_)?intermediate_size|(.*_)?ffn_dim|d_ff|dff|(.*_)?ffn_hidden_size|(.*_)?mlp_dim|feed_forward_size", 48),
         (r"(.*_)?max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?", 256),
         (r"(.*_)?num_experts|num_local_experts|n_routed_experts|zero_expert_num", 4),
@@ -61,7 +64,13 @@ SIZES = [
         (r"patch_size", 8),
     ]
 ]
-LAYER_LISTS = {"layer_types", "mlp_layer_types", "layers_block_type", "intermediate_size", "activation_sparsity_pattern"}
+LAYER_LISTS = {
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "intermediate_size",
+    "activation_sparsity_pattern",
+}
 _MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8}
 
 # What the rules above cannot guess.
@@ -84,8 +93,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 2},
     "reformer": {
-        "is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (8, 24), "attn_layers": ("local", "lsh"),
-        "attention_head_size": 8, "num_hidden_layers": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
+        "is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (8, 24), "attention_head_size": 8,
+        "attn_layers": ("local", "lsh"), "num_hidden_layers": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
@@ -168,11 +177,11 @@ def outcome(family: str) -> Outcome:
     try:
         model = tiny_model(family)
     except Exception as error:
-        return Outcome("not built", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    return served(model)
+        return Outcome("not built", f"{type(error).__name__}: {_cell(str(error))}")
+    return _served(model)
 
 
-def served(model: Any) -> Outcome:
+def _served(model: Any) -> Outcome:
     lm = HFModel(model, ByteTokenizer())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
@@ -187,7 +196,7 @@ def served(model: Any) -> Outcome:
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     if changed:
         return Outcome("wrong", f"weights changed: {changed[0]}")
-    return Outcome("tree") if isinstance(session, TreeSession) else Outcome("slow", next(iter(lm._warned)))
+    return Outcome("tree") if isinstance(session, TreeSession) else Outcome("slow", str(lm._tree_problem()))
 
 
 def table() -> str:
