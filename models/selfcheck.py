@@ -44,7 +44,7 @@ def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.d
         except Exception as error:  # what it meant for tensors and caches of its own can fail in any way
             if is_out_of_memory(error):
                 raise
-            problem = f"its code does not work with it: {first_line(error)}"
+            problem = f"its code cannot use it: {first_line(error)}"
         if problem is not None:
             return problem
     return None

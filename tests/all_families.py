@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ FAMILIES = sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(name + AS_DECODER for n
 LAYERS, HEADS, HEAD_DIM = 3, 4, 8
 PROMPT = [13, 5, 7, 11, 13, 17, 19, 23]
 TOLERANCE = 2e-4
+PATHS = ("tree", "slow", "refused", "wrong", "not built")
 
 # Sizes by the names that configs give them; a size that is smaller already stays.
 SIZES = [
@@ -94,7 +93,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "indexer_compress_ratio": 2},
     "reformer": {
         "is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (8, 24), "attention_head_size": 8,
-        "attn_layers": ("local", "lsh"), "num_hidden_layers": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
+        "attn_layers": ("local", "lsh"), "num_hidden_layers": 2, "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
@@ -202,16 +202,19 @@ def _served(model: Any) -> Outcome:
 def table() -> str:
     """The page's counts and lists, in Markdown."""
     found = {family: outcome(family) for family in FAMILIES}
-    counts = Counter(result.path for result in found.values())
-    lines = [f"transformers {transformers.__version__}, {len(found)} families: "
-             + ", ".join(f"{count} {path}" for path, count in counts.most_common()) + ".", ""]  # fmt: skip
-    lines += ["| family | served by | why not by the tree cache |", "| --- | --- | --- |"]
-    lines += [f"| {family} | {result.path} | {_cell(result.reason)} |" for family, result in found.items()]
+    paths = {path: [family for family, result in found.items() if result.path == path] for path in PATHS}
+    counts = ", ".join(f"{len(families)} {path}" for path, families in paths.items() if families)
+    lines = [f"transformers {transformers.__version__}, {len(found)} families: {counts}.", ""]
+    lines += [f"On the tree: {', '.join(paths.pop('tree'))}.", "", "| family | served | why |", "| --- | --- | --- |"]
+    for path, families in paths.items():
+        lines += [f"| {family} | {path} | {_cell(found[family].reason)} |" for family in families]
     return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text.replace("|", "/"))[:160]
+    text = re.sub(r"^\w+ cannot be used as a causal language model: ", "", text)
+    text = text.partition(", so they")[0]
+    return re.sub(r"\s+", " ", text.replace("|", "/"))[:120].rstrip()
 
 
 def main() -> None:
@@ -225,5 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()

@@ -23,7 +23,8 @@ FAMILIES = {
     "phi": ("PhiConfig", LLAMA_LIKE),
     "phi3": ("Phi3Config", {**LLAMA_LIKE, "sliding_window": 6}),
     "gemma": ("GemmaConfig", {**LLAMA_LIKE, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", _GEMMA),
+    # Its caps reach SDPA in newer versions of transformers only.
+    "gemma2": ("Gemma2Config", {**_GEMMA, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "layer_types": _MIXED}),
     "qwen2": ("Qwen2Config", {**LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3Config", {**LLAMA_LIKE, "head_dim": 8}),
