@@ -55,5 +55,6 @@ def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in ("rope_parameters", "rope_scaling"):
         found = getattr(config, name, None) or {}
         for parameters in (found, *found.values()):
-            if isinstance(parameters, dict) and (kind := str(parameters.get("rope_type") or parameters.get("type") or "")):
+            kind = parameters.get("rope_type") or parameters.get("type") if isinstance(parameters, dict) else None
+            if kind is not None:
                 yield {"su": "longrope"}.get(kind, kind), parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 import dts
 from dts.lm import PROMPT_SLOT
 from dts.models.huggingface import HFModel
+from dts.models.rope import RopeLimit, rope_limits
 from dts.models.sessions import RecomputeSession, TreeSession
 from dts.search import Greedy, Sampling
 
@@ -115,6 +117,15 @@ def test_what_a_users_own_call_left_in_the_rotary_module_does_not_count(make):
     assert (session.logits([0])[0].log_softmax(-1) - wanted).abs().max() < 1e-4
     after = dict(model.named_buffers())
     assert before.keys() == after.keys() and all(torch.equal(after[name], held) for name, held in before.items())
+
+
+def test_limits_are_found_for_each_type_of_layer_and_under_old_names():
+    layered = {"full_attention": {**LONGROPE, "original_max_position_embeddings": 9}, "sliding_attention": DYNAMIC}
+    config = SimpleNamespace(rope_parameters=layered, max_position_embeddings=30)
+    assert rope_limits(config) == [RopeLimit("longrope", 9), RopeLimit("dynamic", 30)]
+    old = SimpleNamespace(rope_scaling={"type": "su"}, max_position_embeddings=30, original_max_position_embeddings=8)
+    assert rope_limits(old) == [RopeLimit("longrope", 8)]
+    assert rope_limits(SimpleNamespace(rope_parameters={"rope_type": "yarn"}, rope_scaling=None)) == []
 
 
 def test_a_dynamic_rope_stretches_the_context():
