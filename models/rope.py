@@ -57,4 +57,4 @@ def _ropes(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         for parameters in (found, *found.values()):
             kind = parameters.get("rope_type") or parameters.get("type") if isinstance(parameters, dict) else None
             if kind is not None:
-                yield {"su": "longrope"}.get(kind, kind), parameters
+                yield "longrope" if kind == "su" else str(kind), parameters
