@@ -122,7 +122,7 @@ def tree_attention(
     output = (from_prefix.permute(2, 0, 1, 3) + from_lanes).reshape(width, heads * groups, dim)
     if not step.dense:
         output = output.index_select(0, lanes)
-    return output[None], None
+    return output[None].contiguous(), None  # some families take a view of it
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

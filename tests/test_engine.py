@@ -17,14 +17,14 @@ from dts.models.sessions import RecomputeSession, TreeSession, full_logits
 PROMPT = [13, 5, 7, 11, 13, 17, 19, 23]
 
 
-def grow(session, seed, steps=30, lanes=4, max_depth=39):
+def grow(session, seed, steps=30, lanes=4, max_depth=39, vocabulary=256):
     """A random tree: mostly along recent branches, often from deep in idle ones. Returns ids by slot."""
     rng, ids, edges = random.Random(seed), {PROMPT_SLOT: list(PROMPT)}, set()
     for _ in range(steps):
         parents, tokens = [], []
         for _ in range(rng.randint(1, lanes)):
             recent = sorted(ids)[-6:] if rng.random() < 0.7 else sorted(ids)
-            edge = rng.choice(recent), rng.randrange(1, 256)
+            edge = rng.choice(recent), rng.randrange(1, vocabulary)
             if edge not in edges and len(ids[edge[0]]) - len(PROMPT) < max_depth:
                 edges.add(edge)
                 parents.append(edge[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import collections
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -36,6 +37,7 @@ from dts.memory import is_out_of_memory
 from dts.models import archive
 from dts.models.huggingface import HFModel
 from dts.models.table import TableModel, random_logits
+from dts.models.view import ModelView
 from dts.search import METHODS, MaxEnt, Sampling
 
 INJECTED: collections.Counter[str] = collections.Counter()
@@ -246,21 +248,24 @@ class Cramped:
     """A model whose forward calls of more than `rows` rows find no memory; `says` is the error."""
 
     def __init__(self, lm: HFModel, rows: int, says: BaseException) -> None:
-        self.calls, self.failures = [], 0
-        decoder = lm.decoder
-
-        def forward(**arguments):
-            size = arguments["input_ids"].shape[1]
-            if arguments.get("position_ids") is not None:  # not the prompt
-                self.calls.append(size)
-                if size > rows:
-                    self.failures += 1
-                    raise says
-            return decoder(**arguments)
-
+        self.calls, self.failures, self.rows, self.says = [], 0, rows, says
         self.lm = HFModel(lm.model, lm.tokenizer, name="cramped")
-        self.lm._tree_shaped = True
-        self.lm.decoder = forward
+        self.lm._checked = True
+        self.lm.view = self._view
+
+    def _view(self):
+        view = ModelView(self.lm.model)
+        view.decoder = functools.partial(self.forward, view.decoder)
+        return view
+
+    def forward(self, decoder, **arguments):
+        size = arguments["input_ids"].shape[1]
+        if arguments.get("position_ids") is not None:  # not the prompt
+            self.calls.append(size)
+            if size > self.rows:
+                self.failures += 1
+                raise self.says
+        return decoder(**arguments)
 
 
 OUT_OF_MEMORY = [
@@ -336,7 +341,7 @@ def test_no_room_for_one_path_is_one_line(lm):
         raise OUT_OF_MEMORY[1]
 
     INJECTED["device out of memory"] += 1
-    cramped.lm.decoder = prompt_does_not_fit
+    cramped.forward = prompt_does_not_fit
     with pytest.raises(UnavailableError, match="out of memory with a prompt of 5 tokens and 8 paths"):
         searched(cramped.lm, "maxent")
 
@@ -544,7 +549,7 @@ def test_weights_of_nan_are_noticed_at_the_first_token():
     INJECTED["model gives no distribution"] += 1
     with pytest.raises(ModelError, match="0 tokens behind the prompt"):
         lm = HFModel(model, ByteTokenizer(), name="nan")
-        lm._tree_shaped = True
+        lm._checked = True
         dts.decode(lm, PROMPT, method=MaxEnt(4), max_new_tokens=3)
 
 

@@ -253,7 +253,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.session = self.lm.open(PROMPT_IDS, batch_size=LANES, max_new_tokens=LENGTH, max_kv_bytes=self.bound)
         self.ids = {PROMPT_SLOT: tuple(PROMPT_IDS)}
         self.failing = 0
-        decoder, machine = self.lm.decoder, self
+        decoder, machine = self.session._view.decoder, self
 
         class Tight:
             """The model, which at times has no memory for more than one row."""
@@ -264,9 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
                 return decoder(**arguments)
 
-        view = HFModel.__new__(HFModel)
-        view.__dict__ = {**self.lm.__dict__, "decoder": Tight()}
-        self.session._lm = view
+        self.session._view.decoder = Tight()
 
     @rule(data=st.data())
     def extend(self, data):
