@@ -14,7 +14,8 @@ class UnavailableError(DTSError, RuntimeError):
 
 
 class ModelError(DTSError, RuntimeError):
-    """A model gave logits that are no distribution: NaN, an infinity, or minus infinity for every token."""
+    """A model gave logits that are no distribution (NaN, an infinity, or minus infinity for every token), or a logits
+    processor failed."""
 
 
 class RewardError(DTSError, RuntimeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
 from dts.models.attention import ATTENTION
 from dts.models.loading import load_pretrained
+from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.sessions import RecomputeSession, TreeSession, full_logits
 from dts.models.treecache import Prefix
@@ -90,24 +91,16 @@ class HFModel:
         device: torch.device = self._core.get_input_embeddings().weight.device
         return device
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if prompt and isinstance(prompt[0], dict):
-            if not self.tokenizer.chat_template:
-                text = "".join(f"{m['role']}: {m['content']}\n" for m in prompt if isinstance(m, dict)) + "assistant:"
-                return list(self.tokenizer(text)["input_ids"])
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-            return list(ids)
-        return [int(token) for token in prompt if not isinstance(token, dict)]
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        return encode(self, prompt, chat_template_kwargs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def prefix(self, prompt: Prompt) -> Prefix:
+    def prefix(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> Prefix:
         """Prefill a prompt once for several calls: as long as the returned object lives, decoding the same prompt
         starts from it, and the prompt's tokens count as `usage.cached_tokens` instead of as forwarded."""
-        ids = tuple(self.encode(prompt))
+        ids = tuple(self.encode(prompt, chat_template_kwargs))
         found = self._prefixes.get(ids)
         if found is None:
             found = self._prefixes[ids] = self._prefill(ids)
