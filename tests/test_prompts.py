@@ -112,7 +112,7 @@ def test_chat_template_variables_without_effect_are_refused(model, prompt, optio
 
 def test_what_a_template_raises_is_the_users_error(model):
     lm = loaded(model, template="{{ raise_exception('Roles must alternate') }}")
-    with pytest.raises(dts.UsageError, match="chat template refuses.*Roles must alternate"):
+    with pytest.raises(dts.UsageError, match=r"chat template refuses.*Roles must alternate"):
         lm.encode([{"role": "user", "content": "hello"}])
 
 
