@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dts.errors import DTSError, UnavailableError, UsageError
+from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import LanguageModel
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
@@ -62,6 +63,7 @@ def decode(
     settings = Decoding(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor
     )
+    max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
     _check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
     scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
     prompt_ids = _encoded(lm, prompt, chat_template_kwargs)
@@ -69,14 +71,21 @@ def decode(
     width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
     context = Context(prompt, tuple(prompt_ids), lm.decode)
     limits = _tightest(method.budget(), budget)
-    try:
+    with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
         return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
-    except (RuntimeError, MemoryError) as error:  # where halving the batch does not help: the prompt, the logits
+
+
+@contextlib.contextmanager
+def _memory_named(prompt_tokens: int, paths: int) -> Iterator[None]:
+    """Memory that runs out where halving the batch does not help (the prompt, the logits) is an `UnavailableError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, DTSError) or not is_out_of_memory(error):
             raise
         raise UnavailableError(
-            f"out of memory with a prompt of {len(prompt_ids)} tokens and {width} paths ({first_line(error)}); {REMEDY}"
+            f"out of memory with a prompt of {prompt_tokens} tokens and {paths} paths ({first_line(error)}); {REMEDY}"
         ) from error
 
 
@@ -85,20 +94,22 @@ def _check_arguments(
 ) -> None:
     """Raise `UsageError` for an argument of another kind than `decode` takes."""
     if isinstance(lm, type) or not all(callable(getattr(lm, name, None)) for name in ("encode", "decode", "open")):
-        raise UsageError(f"lm={lm!r:.80} is not a language model; give what dts.load returns")
+        raise UsageError(f"lm={shown(lm)} is not a language model; give what dts.load returns")
     if isinstance(method, type) or not all(callable(getattr(method, name, None)) for name in ("batch_size", "budget")):
-        raise UsageError(f"method={method!r:.80} is not a method; give one of dts.search, such as MaxEnt(32)")
+        raise UsageError(f"method={shown(method)} is not a method; give one of dts.search, such as MaxEnt(32)")
     if max_kv_bytes is not None:
-        check_whole("max_kv_bytes", max_kv_bytes, 1, allowed="a whole number of bytes >= 1 or None")
+        check_whole("max_kv_bytes", max_kv_bytes, 1, 2**63, allowed="a whole number of bytes >= 1 or None")
     if budget is not None and not isinstance(budget, Budget):
-        raise UsageError(f"budget={budget!r:.80} is not allowed; give dts.Budget(rollouts=, tokens=, seconds=) or None")
+        raise UsageError(
+            f"budget={shown(budget)} is not allowed; give dts.Budget(rollouts=, tokens=, seconds=) or None"
+        )
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
 
 
 def _encoded(lm: LanguageModel, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
-        raise UsageError(f"chat_template_kwargs={chat_template_kwargs!r:.80} is not allowed; give a dict or None")
+        raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)} is not allowed; give a dict or None")
     return lm.encode(prompt, chat_template_kwargs) if chat_template_kwargs else lm.encode(prompt)
 
 

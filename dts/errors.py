@@ -20,3 +20,9 @@ class ModelError(DTSError, RuntimeError):
 
 class RewardError(DTSError, RuntimeError):
     """A reward raised, took too long, returned the wrong number of values, or returned NaN or an infinity."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: one line, at most 80 characters."""
+    text = ascii(value) if isinstance(value, str) else " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

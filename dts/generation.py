@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dts.decoding import decode
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.lm import LanguageModel
 from dts.processors import MODULE, copied, is_stateless, members, name_of
 from dts.results import Result
 from dts.rewards import Reward
-from dts.settings import check_whole
+from dts.settings import LARGEST, check_whole
 
 if TYPE_CHECKING:
     from dts.search import Method
@@ -114,6 +114,7 @@ def generate(
     lm, method = _required(model, lm, method)
     _check_rows(input_ids)
     _check_config(model, generation_config)
+    _check_lists(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
     _check_arguments(input_ids, model_kwargs)
     max_length, eos_ids = _ends(lm, generation_config, stopping_criteria)
     mask = model_kwargs.get("attention_mask")  # not a named parameter: `generate` would pass it twice
@@ -148,7 +149,7 @@ def _required(model: Any, lm: LanguageModel | None, method: Method | None) -> tu
         raise UsageError(f"dts.generate needs {missing}, given to model.generate")
     own = getattr(lm, "model", None)
     if own is None or not (_inside(model, own) or _inside(own, model)):
-        raise UsageError(f"lm={getattr(lm, 'name', lm)!r:.80} holds another model than the one that generates")
+        raise UsageError(f"lm={shown(getattr(lm, 'name', lm))} holds another model than the one that generates")
     return lm, method
 
 
@@ -165,9 +166,13 @@ def _check_rows(input_ids: Any) -> None:
 def _check_config(model: Any, config: Any) -> None:
     """Raise `UsageError` for a field that is set and cannot be honoured."""
     if not hasattr(config, "num_return_sequences") or not hasattr(config, "max_length"):
-        raise UsageError(f"generation_config={config!r:.80} is not allowed; give a GenerationConfig")
+        raise UsageError(f"generation_config={shown(config)} is not allowed; give a GenerationConfig")
+    if config.pad_token_id is not None:
+        check_whole("pad_token_id", config.pad_token_id, -LARGEST, allowed="a token id")
     if config.num_return_sequences is not None:
         check_whole("num_return_sequences", config.num_return_sequences, 1, allowed="a whole number >= 1")
+    if not isinstance(config.return_dict_in_generate, (bool, type(None))):
+        raise UsageError("return_dict_in_generate is neither True nor False")
     own = getattr(model, "generation_config", None)
     for field, value in vars(config).items():
         if field.startswith("_") or value is None or field in HONOURED or field in IRRELEVANT:
@@ -175,8 +180,15 @@ def _check_config(model: Any, config: Any) -> None:
         silent, instead = REFUSED.get(field, ((), "this version of dts does not know it"))
         # A file on the hub may hold entries that transformers does not know either.
         unknown_entry = not hasattr(type(config)(), field) and getattr(own, field, None) == value
-        if not any(value is one or value == one for one in silent) and not unknown_entry:
-            raise UsageError(f"{field}={value!r:.80} is not supported by dts.generate; {instead}")
+        says_nothing = isinstance(value, (bool, int, float)) and value in silent
+        if not says_nothing and not unknown_entry:
+            raise UsageError(f"{field}={shown(value)} is not supported by dts.generate; {instead}")
+
+
+def _check_lists(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, (list, tuple)):
+            raise UsageError(f"{name}={shown(value)} is not allowed; give a list, such as generate makes of it")
 
 
 def _check_arguments(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> None:
@@ -190,10 +202,12 @@ def _check_arguments(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -
     if positions is not None:
         kept = (torch.ones_like(input_ids) if mask is None else mask).bool()
         usual = kept.long().cumsum(-1) - 1
-        if positions.shape != usual.shape or not torch.equal(positions[kept], usual[kept].to(positions)):
+        if getattr(positions, "shape", None) != usual.shape or not torch.equal(
+            positions[kept], usual[kept].to(positions)
+        ):
             raise UsageError("position_ids other than those that count the tokens are not supported; leave them out")
     cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length()):
         raise UsageError(
             "past_key_values is not supported by dts.generate; keep the prompt's cache by lm.prefix(prompt)"
         )
@@ -238,15 +252,18 @@ def _ends(lm: LanguageModel, config: Any, criteria: Any) -> tuple[int, frozenset
             )
     known = [length for length in lengths if isinstance(length, int) and not isinstance(length, bool)]
     if len(known) < len(lengths):
-        raise UsageError(f"max_length={config.max_length!r:.80} is not allowed; give a whole number, or max_new_tokens")
+        raise UsageError(
+            f"max_length={shown(config.max_length)} is not allowed; give a whole number, or max_new_tokens"
+        )
     return min(known), (eos if config.eos_token_id is not None or eos else lm.eos_ids)
 
 
 def _ids(value: Any) -> frozenset[int]:
     """An id, several, or a tensor of them. Negative ones, which `generate` allows, end nothing."""
-    values = value.flatten().tolist() if isinstance(value, torch.Tensor) else members(() if value is None else value)
+    values: Any = value.flatten().tolist() if isinstance(value, torch.Tensor) else members(value)
+    values = () if value is None else values
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in values):
-        raise UsageError(f"eos_token_id={value!r:.80} is not allowed; give a token id or a list of them")
+        raise UsageError(f"eos_token_id={shown(value)} is not allowed; give a token id or a list of them")
     return frozenset(one for one in values if one >= 0)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dts.errors import DTSError, ModelError, UsageError
+from dts.errors import DTSError, ModelError, UsageError, shown
 from dts.memory import first_line, is_out_of_memory
 from dts.tree import ROOT, Tree
 
@@ -148,7 +148,7 @@ def path_state(processor: Any) -> Stateless | PerPath:
 
 def _from_factory(factory: Any) -> Stateless | PerPath:
     if not callable(factory):
-        raise UsageError(f"logits_processor={factory!r} is not callable; give (ids, logits) -> logits")
+        raise UsageError(f"logits_processor={shown(factory)} is not callable; give (ids, logits) -> logits")
     if not _takes(factory, 0):
         raise UsageError(
             f"logits_processor: {name_of(factory)} takes neither (ids, logits) nor, as a maker of processors, nothing"
@@ -167,7 +167,7 @@ def _made(factory: Callable[[], Any]) -> Processor:
             f"logits_processor: {name_of(factory)}() raised {type(error).__name__}: {first_line(error)}"
         ) from error
     if isinstance(made, type) or not callable(made):
-        raise UsageError(f"logits_processor: {name_of(factory)}() made {made!r}, which is not callable")
+        raise UsageError(f"logits_processor: {name_of(factory)}() made {shown(made)}, which is not callable")
     return made
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from dts.errors import RewardError, UsageError
+from dts.errors import RewardError, UsageError, shown
 
 Prompt = str | list[dict[str, str]] | Sequence[int]
 State = Any
@@ -110,14 +110,21 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None) -> R
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
-        raise UsageError(f"reward={reward!r} is neither a function nor an object with the methods of dts.Reward")
+        raise UsageError(f"reward={shown(reward)} is neither a function nor an object with the methods of dts.Reward")
     label: str = name or getattr(reward, "__name__", None) or type(reward).__name__
-    parameters = inspect.signature(reward).parameters
+    parameters = _parameters(reward)
     if "completions" in parameters:
         return TerminalReward(_trl_scorer(reward), label)
     first = next(iter(parameters.values()), None)
     takes_list = first is not None and str(first.annotation).lower().startswith(("list", "sequence", "<class 'list"))
     return TerminalReward(_text_scorer(reward, batched=takes_list), label)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # built in, such as int: not known
+        return {}
 
 
 def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:

@@ -11,28 +11,33 @@ from typing import Any
 
 import torch
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.processors import check_processor
 
 TINY = 1e-200
+LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
 
 
 def _require(condition: bool, option: str, value: object, allowed: str) -> None:
     if not condition:
-        shown = repr(value)
-        raise UsageError(f"{option}={shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; give {allowed}")
+        raise UsageError(f"{option}={shown(value)} is not allowed; give {allowed}")
 
 
-def check_whole(option: str, value: Any, low: int, high: float = math.inf, *, allowed: str) -> None:
-    """A whole number of Python or NumPy from `low` to `high`; True and 2.0 are none."""
-    _require(isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high,
-             option, value, allowed)  # fmt: skip
+def check_whole(option: str, value: Any, low: int, high: int = LARGEST, *, allowed: str) -> int:
+    """A whole number of Python or NumPy from `low` to `high`, as an int; True and 2.0 are none."""
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    _require(number is not None and low <= number <= high, option, value, allowed)
+    return number or 0
 
 
-def check_number(option: str, value: Any, low: float, high: float = math.inf, *, allowed: str) -> None:
-    """A real number above `low`, up to `high`."""
-    _require(isinstance(value, numbers.Real) and not isinstance(value, bool) and low < value <= high,
-             option, value, allowed)  # fmt: skip
+def check_number(option: str, value: Any, low: float, high: float = sys.float_info.max, *, allowed: str) -> float:
+    """A real number above `low`, up to `high`, as a float; True is none."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        number = math.nan
+    _require(low < number <= high, option, value, allowed)
+    return number
 
 
 def check_callable(option: str, value: Any, allowed: str) -> None:
@@ -76,18 +81,22 @@ class Decoding:
 
     def __post_init__(self) -> None:
         whole = "a whole number >= 1"
-        check_whole("max_new_tokens", self.max_new_tokens, 1, allowed=whole)
-        check_whole("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens,
-                    allowed=f"a whole number from 0 to max_new_tokens ({self.max_new_tokens})")  # fmt: skip
-        check_number("temperature", self.temperature, 0, sys.float_info.max,
-                     allowed="a number > 0 (for the most likely tokens use Greedy)")  # fmt: skip
-        if self.top_k is not None:
-            check_whole("top_k", self.top_k, 1, allowed=f"{whole} or None")
+        new = check_whole("max_new_tokens", self.max_new_tokens, 1, allowed=whole)
+        checked: dict[str, Any] = {
+            "max_new_tokens": new,
+            "min_new_tokens": check_whole("min_new_tokens", self.min_new_tokens, 0, new,
+                                          allowed=f"a whole number from 0 to max_new_tokens ({new})"),
+            "temperature": check_number("temperature", self.temperature, 0,
+                                        allowed="a number > 0 (for the most likely tokens use Greedy)"),
+            "seed": check_whole("seed", self.seed, 0, 2**128, allowed="a whole number >= 0"),
+        }  # fmt: skip
+        for option in ("top_k", "batch_size"):
+            if getattr(self, option) is not None:
+                checked[option] = check_whole(option, getattr(self, option), 1, allowed=f"{whole} or None")
         if self.top_p is not None:
-            check_number("top_p", self.top_p, 0, 1, allowed="a number in (0, 1] or None")
-        check_whole("seed", self.seed, 0, allowed="a whole number >= 0")
-        if self.batch_size is not None:
-            check_whole("batch_size", self.batch_size, 1, allowed=f"{whole} or None")
+            checked["top_p"] = check_number("top_p", self.top_p, 0, 1, allowed="a number in (0, 1] or None")
+        for option, value in checked.items():
+            object.__setattr__(self, option, value)
         _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
                  "a non-empty string or a list of them")  # fmt: skip
         for string in self.stop:
@@ -137,6 +146,6 @@ class Budget:
         for option in ("rollouts", "tokens"):
             value = getattr(self, option)
             if value is not None:
-                check_whole(option, value, 1, allowed="a whole number >= 1 or None")
+                check_whole(option, value, 1, 2**63, allowed="a whole number >= 1 or None")
         if self.seconds is not None:
-            check_number("seconds", self.seconds, 0, allowed="a number > 0 or None")
+            check_number("seconds", self.seconds, 0, math.inf, allowed="a number > 0 or None")

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
 from dts.models.attention import ATTENTION
-from dts.models.loading import load_pretrained
+from dts.models.loading import check_arguments, load_pretrained
 from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.sessions import RecomputeSession, TreeSession, full_logits
@@ -31,7 +31,7 @@ LOW_PRECISION_TOLERANCE = 0.25
 
 
 def load(
-    model: str | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -47,9 +47,10 @@ def load(
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
+    check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):
         return HFModel(*model)
-    spec = resolve(model, models_file) if isinstance(model, str) else model
+    spec = model if isinstance(model, ModelSpec) else resolve(str(model), models_file)
     loaded, tokenizer = load_pretrained(
         spec,
         device=device,

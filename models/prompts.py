@@ -7,8 +7,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dts.errors import UsageError
-from dts.settings import check_text
+from dts.errors import UsageError, shown
+from dts.settings import LARGEST, check_text
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def encode(lm: Any, prompt: Any, chat_template_kwargs: Mapping[str, Any] | None 
     chat = isinstance(prompt, (list, tuple)) and any(isinstance(message, Mapping) for message in prompt)
     if chat_template_kwargs and not (chat and tokenizer.chat_template):
         what = "this tokenizer has no chat template" if chat else "the prompt is no list of chat messages"
-        raise UsageError(f"chat_template_kwargs={chat_template_kwargs!r} has no effect: {what}")
+        raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)} has no effect: {what}")
     if isinstance(prompt, str):
         return _encode_text(tokenizer, prompt)
     if chat:
@@ -90,15 +90,15 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     """The message with its content as one string."""
     where = f"prompt[{index}]"
     if not isinstance(message, Mapping):
-        raise UsageError(f"{where}={_shown(message)} is not a chat message; give a dict with role and content")
+        raise UsageError(f"{where}={shown(message)} is not a chat message; give a dict with role and content")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
-        raise UsageError(f"{where}: role={_shown(role)} is not allowed; give a string such as 'user'")
+        raise UsageError(f"{where}: role={shown(role)} is not allowed; give a string such as 'user'")
     check_text(f"{where}['role']", role)
     if isinstance(content, (list, tuple)):
         content = "".join(_part(f"{where}['content'][{i}]", part) for i, part in enumerate(content))
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise UsageError(f"{where}: content={_shown(content)} is not allowed; give text, or a list of text parts")
+        raise UsageError(f"{where}: content={shown(content)} is not allowed; give text, or a list of text parts")
     if content is not None:
         check_text(f"{where}['content']", content)
     return {**message, "content": content}
@@ -109,7 +109,7 @@ def _part(where: str, part: Any) -> str:
         return part
     text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
     if not isinstance(text, str):
-        raise UsageError(f"{where}={_shown(part)} is not text; give {{'type': 'text', 'text': ...}}")
+        raise UsageError(f"{where}={shown(part)} is not text; give {{'type': 'text', 'text': ...}}")
     return text
 
 
@@ -127,7 +127,7 @@ def _check_options(template: Any, options: Mapping[str, Any]) -> None:
 def token_ids(prompt: Any, vocab_size: int | None) -> list[int]:
     """Ids from a sequence, array or tensor of shape [L] or [1, L], or from a mapping that holds `input_ids`.
 
-    vocab_size: ids from there on are refused; None for no limit.
+    vocab_size: ids from there on are refused; None for all that can be held.
     """
     mask = None
     if isinstance(prompt, Mapping):
@@ -166,7 +166,7 @@ def _sequence(option: str, values: Any) -> Sequence[Any]:
     # Iterating over bytes would give numbers, which are no token ids.
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray, memoryview)):
         raise UsageError(
-            f"{option}={_shown(values)} ({type(values).__name__}) is not allowed; give text, a list of chat messages, "
+            f"{option}={shown(values)} ({type(values).__name__}) is not allowed; give text, a list of chat messages, "
             "or token ids as a sequence, array or tensor of shape [L] or [1, L]"
         )
     return values
@@ -179,14 +179,8 @@ def _token_id(index: int, value: Any, vocab_size: int | None) -> int:
     except (TypeError, ValueError, RuntimeError):
         token = None
     if token is None:
-        raise UsageError(f"prompt[{index}]={_shown(value)} is not a token id; give token ids, text or chat messages")
-    if token < 0 or (vocab_size is not None and token >= vocab_size):
-        allowed = "ids are >= 0" if vocab_size is None else f"0 to {vocab_size - 1}"
-        raise UsageError(f"prompt[{index}]={_shown(token)} is outside the vocabulary ({allowed})")
+        raise UsageError(f"prompt[{index}]={shown(value)} is not a token id; give token ids, text or chat messages")
+    last = LARGEST if vocab_size is None else vocab_size - 1
+    if not 0 <= token <= last:
+        raise UsageError(f"prompt[{index}]={shown(token)} is outside the vocabulary (0 to {last})")
     return token
-
-
-def _shown(value: Any) -> str:
-    """A short form for messages, in one line."""
-    text = ascii(value) if isinstance(value, str) else " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.lm import PROMPT_SLOT
 from dts.models.prompts import token_ids
 from dts.results import Usage
@@ -49,13 +49,15 @@ class TableModel:
 
     def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         if chat_template_kwargs:
-            raise UsageError(f"chat_template_kwargs={chat_template_kwargs!r}: a table model has no chat template")
+            raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)}: a table model has no chat template")
         if isinstance(prompt, str):
             check_text("prompt", prompt)
             try:
                 prompt = [int(part) for part in prompt.split()]
             except ValueError as error:
-                raise UsageError(f"prompt={prompt!r}: a table model takes token ids or a string of them") from error
+                raise UsageError(
+                    f"prompt={shown(prompt)}: a table model takes token ids or a string of them"
+                ) from error
         return token_ids(prompt, None)  # a table may answer any prefix
 
     def decode(self, token_ids: Sequence[int]) -> str:
