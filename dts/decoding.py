@@ -56,7 +56,8 @@ def decode(
     on_rollout: called with each rollout as it finishes.
 
     Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails,
-    `ModelError` for logits that are no distribution, `UnavailableError` when memory runs out for a single path.
+    `ModelError` for logits that are no distribution or a processor that fails, `UnavailableError` when memory runs out
+    for a single path.
     """
     from dts.search import Search, run  # the one place where this layer looks up
 

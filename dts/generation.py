@@ -131,7 +131,7 @@ def generate(
             seed=seed,
             stop=stop,
             max_new_tokens=max_length - input_ids.shape[1],
-            logits_processor=_as_shown(logits_processor or (), input_ids, row, len(prompt)),
+            logits_processor=_as_shown(logits_processor or (), input_ids, row, len(prompt)) or None,
         )
         best = [result.best, *result.completions[1:]][:copies]
         best += best[-1:] * (copies - len(best))
@@ -179,7 +179,7 @@ def _check_config(model: Any, config: Any) -> None:
             continue
         silent, instead = REFUSED.get(field, ((), "this version of dts does not know it"))
         # A file on the hub may hold entries that transformers does not know either.
-        unknown_entry = not hasattr(type(config)(), field) and getattr(own, field, None) == value
+        unknown_entry = not hasattr(type(config)(), field) and repr(getattr(own, field, None)) == repr(value)
         says_nothing = isinstance(value, (bool, int, float)) and value in silent
         if not says_nothing and not unknown_entry:
             raise UsageError(f"{field}={shown(value)} is not supported by dts.generate; {instead}")

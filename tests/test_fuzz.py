@@ -1,4 +1,4 @@
-"""Malformed input: every loader and every command answers with one line, and leaves no partial file.
+"""Malformed input: every loader, every command and every call answers with one line, and leaves no partial file.
 
 A few hundred inputs by default. The thorough run, which docs/hardening.md reports:
 
