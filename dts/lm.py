@@ -7,8 +7,8 @@ logits of any slot that is still held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -49,8 +49,9 @@ class LanguageModel(Protocol):
     def context_length(self) -> int | None:
         """Tokens, prompt and completion together; None for no limit."""
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Prompt ids: text is tokenized, chat messages go through the chat template, ids pass through."""
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Prompt ids: text is tokenized, chat messages go through the chat template with these variables, ids pass
+        through."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Completion ids to text, special tokens dropped."""

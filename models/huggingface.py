@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dts.errors import UsageError
-from dts.models.loading import load_pretrained
+from dts.models.loading import check_arguments, load_pretrained
+from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, tree_problem
@@ -30,7 +31,7 @@ PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long promp
 
 
 def load(
-    model: str | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -48,9 +49,10 @@ def load(
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
+    check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):
         return HFModel(*model, allow_unknown_ids=allow_unknown_ids)
-    spec = resolve(model, models_file) if isinstance(model, str) else model
+    spec = model if isinstance(model, ModelSpec) else resolve(str(model), models_file)
     loaded, tokenizer = load_pretrained(
         spec,
         device=device,
@@ -114,25 +116,17 @@ class HFModel:
         """The model as it is now, for one session: in eval mode, and with modules and configs of its own."""
         return ModelView(self.model)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if prompt and isinstance(prompt[0], dict):
-            if not self.tokenizer.chat_template:
-                text = "".join(f"{m['role']}: {m['content']}\n" for m in prompt if isinstance(m, dict)) + "assistant:"
-                return list(self.tokenizer(text)["input_ids"])
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-            return list(ids)
-        return [int(token) for token in prompt if not isinstance(token, dict)]
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        return encode(self, prompt, chat_template_kwargs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def prefix(self, prompt: Prompt) -> Prefix:
+    def prefix(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> Prefix:
         """Prefill a prompt once for several calls: as long as the returned object lives, decoding the same prompt
         starts from it, and the prompt's tokens count as `usage.cached_tokens` instead of as forwarded. Holds nothing
         for a model that the tree cache cannot serve."""
-        ids = tuple(self.encode(prompt))
+        ids = tuple(self.encode(prompt, chat_template_kwargs))
         found = self._prefixes.get(ids)
         if found is None:
             served = self._tree_problem() is None

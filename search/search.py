@@ -15,9 +15,11 @@ import torch
 
 from dts.errors import ModelError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
+from dts.processors import Processors
 from dts.results import Completion, Rollout
 from dts.rewards import Context, Finished, Reward, State, checked_finish, promised
 from dts.settings import Budget, Decoding
+from dts.stops import Stops, special_tokens
 from dts.tree import NONE, ROOT, Tree
 
 
@@ -45,7 +47,8 @@ class Search:
         self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._started = time.perf_counter()
-        self._stop_tail = max((len(lm.encode(s)) for s in decoding.stop), default=0) + 8
+        self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
+        self._process = Processors(decoding.logits_processor or ())
         self.tree.slot[ROOT] = PROMPT_SLOT
         self.tree.earned[ROOT], self.tree.upper[ROOT] = reward.earned(self._states)[0], reward.upper(self._states)[0]
         self.tree.promise[ROOT] = promised(reward, self._states)[0]
@@ -72,7 +75,7 @@ class Search:
         if missing:
             logits = self.session.logits([self.tree.slot[n] for n in missing])
             if self.decoding.logits_processor is not None:
-                logits = self._processed(missing, logits)
+                logits = self._process(self.tree, self._prompt_ids, missing, logits)
             rows = self.decoding.probabilities(logits, self._too_early(missing))
             self._require_distributions(missing, rows)
             self._rows.update(zip(missing, rows, strict=True))
@@ -91,12 +94,6 @@ class Search:
             f"{self.tree.depth[node]} tokens behind the prompt, after {text[-200:]!r}; try dtype float32, or look at "
             "the weights and the logits processor"
         )
-
-    def _processed(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        process = self.decoding.logits_processor
-        assert process is not None
-        prefixes = [torch.tensor([[*self._prompt_ids, *self.tree.tokens(n)]], device=logits.device) for n in nodes]
-        return torch.cat([process(ids, row[None].clone()) for ids, row in zip(prefixes, logits, strict=True)])
 
     def _too_early(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
         """The rows in which EOS must not come yet, and its ids."""
@@ -205,15 +202,8 @@ class Search:
         tree, decoding = self.tree, self.decoding
         if tree.token[node] in self.lm.eos_ids:
             return "eos"
-        if decoding.stop:
-            # Only a string that ends in the newest token can be new, so a short tail is enough.
-            tail, ancestor = [tree.token[node]], tree.parent[node]
-            while ancestor != ROOT and len(tail) < self._stop_tail:
-                tail.append(tree.token[ancestor])
-                ancestor = tree.parent[ancestor]
-            text = self._decode(tail[::-1])
-            if any(stop in text for stop in decoding.stop):
-                return "stop"
+        if decoding.stop and self._stops.reached(tree.parent[node], node, tree.token[node]):
+            return "stop"
         return "length" if tree.depth[node] >= decoding.max_new_tokens else None
 
     # -- finished sequences ----------------------------------------------------------------------------------------
@@ -258,8 +248,7 @@ class Search:
         """The complete sequence that ends at `leaf`."""
         ids = self.tree.tokens(leaf)
         text = self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids)
-        cuts = [text.find(stop) for stop in self.decoding.stop if stop in text]
-        return Finished(ids, text[: min(cuts)] if cuts else text)
+        return Finished(ids, self._stops.cut(leaf, text))
 
     def completion(self, leaf: int) -> Completion:
         """A scored leaf as the user sees it."""
@@ -295,6 +284,7 @@ class Search:
         other.tree = self.tree.copy()
         other.rollouts, other._states = list(self.rollouts), list(self._states)
         other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}
+        other._stops, other._process = self._stops.copy(), self._process.copy()
         return other
 
 

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_origin
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.rewards.reward import Context, Finished, Reward, State
 
 
@@ -44,7 +44,7 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, *, b
     if isinstance(reward, Reward) or all(hasattr(reward, member) for member in _MEMBERS):
         return reward  # type: ignore[return-value]  # with these members it is one
     if not callable(reward):
-        raise UsageError(f"reward={reward!r} is neither a function nor an object with the methods of dts.Reward")
+        raise UsageError(f"reward={shown(reward)} is neither a function nor an object with the methods of dts.Reward")
     label: str = name or getattr(reward, "__name__", None) or type(reward).__name__
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
         raise UsageError(
