@@ -40,6 +40,12 @@ def check_number(option: str, value: Any, low: float, high: float = sys.float_in
     return number
 
 
+def check_real(option: str, value: Any, fits: Callable[[float], bool], allowed: str) -> None:
+    """A real number of Python or NumPy that fits; True is none."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    _require(real and fits(value), option, value, allowed)
+
+
 def check_callable(option: str, value: Any, allowed: str) -> None:
     _require(callable(value), option, value, allowed)
 

@@ -21,7 +21,7 @@ from dts.search.method import GeneratorRun, Run, Steps, ranked_by
 from dts.search.paths import Path
 from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, evaluate, grow, worth
-from dts.settings import Budget
+from dts.settings import Budget, check_real
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
@@ -60,10 +60,8 @@ class Beam:
         check_segment(self.segment)
         if self.width % self.groups:
             raise UsageError(f"groups={self.groups!r} is not allowed; give a divisor of width={self.width}")
-        if not math.isfinite(self.length_penalty):
-            raise UsageError(f"length_penalty={self.length_penalty!r} is not allowed; give a finite number")
-        if not 0 <= self.reward_weight < math.inf:
-            raise UsageError(f"reward_weight={self.reward_weight!r} is not allowed; give a number >= 0")
+        check_real("length_penalty", self.length_penalty, math.isfinite, "a finite number")
+        check_real("reward_weight", self.reward_weight, lambda x: 0 <= x < math.inf, "a number >= 0")
 
     @property
     def name(self) -> str:

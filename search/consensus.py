@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dts.search.method import GeneratorRun, Run, ranked_by
 from dts.search.paths import rollouts
 from dts.search.sampling import Ancestral, check_size
-from dts.settings import Budget
+from dts.settings import Budget, check_callable
 
 if TYPE_CHECKING:
     from dts.search.search import Search
@@ -31,6 +31,7 @@ class SelfConsistency:
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
+        check_callable("extract", self.extract, "a function from a completion's text to its answer")
 
     @property
     def name(self) -> str:

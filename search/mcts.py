@@ -18,7 +18,7 @@ from dts.search.choice import Choice
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import Path, Plain, rollouts
 from dts.search.sampling import Ancestral, check_size
-from dts.settings import Budget
+from dts.settings import Budget, check_real
 from dts.tree import NONE, ROOT
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ class MCTS:
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
-        if not 0 <= self.bonus < math.inf:
-            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0")
+        check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0")
         if self.value not in ("mean", "max"):
             raise UsageError(f"value={self.value!r} is not known; give 'mean' or 'max'")
 

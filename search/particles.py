@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dts.errors import UsageError
 from dts.logspace import draw, logsumexp
 from dts.results import Completion, Estimate, LogZ
 from dts.search.method import GeneratorRun, Run, Steps
 from dts.search.paths import Path
 from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, grow, worth
-from dts.settings import Budget
+from dts.settings import Budget, check_real
 from dts.softvalue import log_factor
 from dts.tree import ROOT
 
@@ -51,10 +50,8 @@ class ParticleFilter:
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
-        if not 0 <= self.reward_scale < math.inf:
-            raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
-        if not 0 <= self.ess_threshold <= 1:
-            raise UsageError(f"ess_threshold={self.ess_threshold!r} is not allowed; give a share from 0 to 1")
+        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        check_real("ess_threshold", self.ess_threshold, lambda x: 0 <= x <= 1, "a share from 0 to 1")
         if self.segment is not None:
             check_segment(self.segment)
 

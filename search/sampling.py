@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dts.errors import UsageError
 from dts.search.choice import Choice
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import Path, Plain, rollouts
-from dts.settings import Budget
+from dts.settings import Budget, check_whole
 
 if TYPE_CHECKING:
     from dts.search.search import Search
@@ -57,8 +56,7 @@ class _MostLikely(Plain):
 
 def check_size(option: str, value: int) -> None:
     """Raise `UsageError` unless a method's size is a whole number >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{option}={value!r} is not allowed; give a whole number >= 1")
+    check_whole(option, value, 1, allowed="a whole number >= 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,3 +130,14 @@ def test_the_smaller_limit_counts():
         3,
     ]
     assert [rollouts(3, None), rollouts(3, Budget())] == [3, 3]
+
+
+@pytest.mark.parametrize("value", ["x", "1", None, True, [1], 1j, math.nan])
+@pytest.mark.parametrize(("make", "option"), [
+    (MaxEnt, "reward_scale"), (MaxEnt, "widening"), (MaxEnt, "sharpness"), (MaxEnt, "lookahead"), (MCTS, "bonus"),
+    (ParticleFilter, "reward_scale"), (ParticleFilter, "ess_threshold"), (Beam, "length_penalty"), (Beam, "groups"),
+    (Beam, "reward_weight"), (SelfConsistency, "extract"),
+])  # fmt: skip
+def test_an_option_of_the_wrong_type_is_named(make, option, value):
+    with pytest.raises(dts.UsageError, match=f"{option}="):
+        make(8, **{option: value})

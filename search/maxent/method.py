@@ -17,7 +17,7 @@ from dts.search.maxent.descent import Optimiser, Sampler
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
 from dts.search.sampling import check_size
-from dts.settings import Budget
+from dts.settings import Budget, check_real, check_whole
 
 if TYPE_CHECKING:
     from dts.search.search import Search
@@ -50,20 +50,16 @@ class MaxEnt:
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
-        if not 0 <= self.reward_scale < math.inf:
-            raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
+        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
         if self.search not in ("sample", "best"):
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
-        if self.explore is not None and not 0 <= self.explore <= 1:
-            raise UsageError(f"explore={self.explore!r} is not allowed; give a share from 0 to 1")
-        if not 0 < self.widening <= 1:
-            raise UsageError(f"widening={self.widening!r} is not allowed; give an exponent above 0 and up to 1")
-        if not 0 < self.sharpness < math.inf:
-            raise UsageError(f"sharpness={self.sharpness!r} is not allowed; give a number > 0")
-        if self.bonus is not None and not 0 <= self.bonus < math.inf:
-            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0, or None")
-        if not isinstance(self.lookahead, int) or self.lookahead < 0:
-            raise UsageError(f"lookahead={self.lookahead!r} is not allowed; give a whole number of tokens >= 0")
+        if self.explore is not None:
+            check_real("explore", self.explore, lambda x: 0 <= x <= 1, "a share from 0 to 1")
+        check_real("widening", self.widening, lambda x: 0 < x <= 1, "an exponent above 0 and up to 1")
+        check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
+        if self.bonus is not None:
+            check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
+        check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0")
 
     @property
     def name(self) -> str:
