@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dts
-from dts.evaluation.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.exact import PROMPT, instance, total_variation
 from dts.search import MaxEnt
 from dts.search.partition import Partition
 from dts.softvalue import SoftValues

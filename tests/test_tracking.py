@@ -13,7 +13,7 @@ from wandb_file import OfflineRun, offline_runs
 
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.cli import main
-from dts.evaluation.results import read_jsonl
+from dts.evaluation.run_folder import read_jsonl
 from dts.evaluation.tracking import (
     FINAL_KEYS,
     ROLLOUT_KEYS,
@@ -151,13 +151,13 @@ def track(tracker: Tracker, head: dict[str, Any] = HEAD, *, complete: bool = Tru
             run.log_sample({**own, "best_reward": sample + 0.2, "time": 2.0, "nodes": 15,
                             "monotonicity": 1.0 if count > 1 else None})  # fmt: skip
     runs = [summarised(method, seed) for seed in (3, 4) for method in METHODS]  # seed 4 is another tracker run
-    run.finish({"runs": runs}, {"bars": charts} if charts else {}, complete=complete)
+    run.finish(runs, {"bars": charts} if charts else {}, complete=complete)
 
 
 def summarised(method: str, seed: int) -> dict[str, Any]:
     return {"model": HEAD["model"], "dataset": "har", "seeds": [seed], "method": method, "metrics": {"accuracy": 0.5},
-            "final/avg_best_reward": float(seed), "final/avg_monotonicity": 1.0 if method == "maxent" else None,
-            "final/avg_time_per_sample": 2.0, "final/total_time": 4.0}  # fmt: skip
+            "avg_best_reward": float(seed), "avg_monotonicity": 1.0 if method == "maxent" else None,
+            "avg_time_per_sample": 2.0, "total_time": 4.0}  # fmt: skip
 
 
 def events(folder: Path) -> Any:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dts.errors import UsageError
-from dts.evaluation.results import Record, read_jsonl
+from dts.evaluation.records import Job, Record, RolloutRecord, RunSummary, SampleRecord
+from dts.evaluation.run_folder import read_jsonl
+from dts.evaluation.tracking.keys import read_cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +20,9 @@ class Run:
 
     name: str
     letter: str  # "" where there is one run only
-    summary: Record
-    samples: list[Record]
-    rollouts: list[Record]
+    summary: RunSummary
+    samples: list[SampleRecord]
+    rollouts: list[RolloutRecord]
     trees: list[Record]
 
     @property
@@ -42,26 +44,25 @@ def _load(folder: Path, letter: str) -> Run:
     folder = folder.resolve()
     if not (folder / "summary.json").is_file():
         raise UsageError(f"{folder} holds no summary.json: give the folder of a run that finished a sample")
-    summary = _read(folder / "summary.json")
+    written = _read(folder / "summary.json")
+    summary = cast("RunSummary", {**written, "runs": list(map(read_cell, written["runs"]))})
     samples, rollouts = ([], []) if not summary["runs"] else _lines(folder)
     trees = [_read(path) for path in sorted((folder / "trees").glob("*.json"))]
     cells = [(run["dataset"], run["model"], run["method"]) for run in summary["runs"]]
     trees = [t for t in trees if (t["dataset"], t["model"], t["method"]) in cells]
     trees.sort(key=lambda t: (t["sample"], t["seed"], cells.index((t["dataset"], t["model"], t["method"]))))
-    for record in (*summary["runs"], *samples, *rollouts, *trees):
+    labelled: list[Any] = [*summary["runs"], *samples, *rollouts, *trees]
+    for record in labelled:
         record["method"] += f" [{letter}]" if letter else ""
     return Run(folder.name, letter, summary, samples, rollouts, trees)
 
 
-def _lines(folder: Path) -> tuple[list[Record], list[Record]]:
+def _lines(folder: Path) -> tuple[list[SampleRecord], list[RolloutRecord]]:
     """Finished samples, and the rollouts of those."""
-    samples = read_jsonl(folder / "samples.jsonl")
-    finished = {_job(sample) for sample in samples}
-    return samples, [r for r in read_jsonl(folder / "rollouts.jsonl") if _job(r) in finished]
-
-
-def _job(record: Record) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("model", "dataset", "seed", "sample", "method"))
+    samples = cast("list[SampleRecord]", read_jsonl(folder / "samples.jsonl"))
+    rollouts = cast("list[RolloutRecord]", read_jsonl(folder / "rollouts.jsonl"))
+    finished = {Job.of(sample) for sample in samples}
+    return samples, [rollout for rollout in rollouts if Job.of(rollout) in finished]
 
 
 def _read(path: Path) -> Record:
