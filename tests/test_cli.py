@@ -168,8 +168,8 @@ def test_quiet_prints_the_report_alone(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("script", ["run_experiments", "run_experiments_with_wandb"])
 def test_front_door_has_the_models_and_parses_nothing_at_import(script: str) -> None:
-    code = f"import sys; sys.argv[1:] = ['--no-such-option']; from {script} import MODEL_CONFIGS, main; " \
-           "print(MODEL_CONFIGS['llama-7b'].color)"  # fmt: skip
+    code = f"import sys; sys.argv[1:] = ['--no-such-option']; sys.path.append('compat')\n" \
+           f"from {script} import MODEL_CONFIGS, main; print(MODEL_CONFIGS['llama-7b'].color)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "#FF6B6B"
 
