@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dts.errors import DTSError, UnavailableError, UsageError
 from dts.evaluation.experiment.config import (
@@ -31,6 +31,7 @@ from dts.evaluation.tracking import TRACKERS, choose_mode, make_tracker
 if TYPE_CHECKING:
     from dts.evaluation.experiment.backend import Backend
     from dts.evaluation.experiment.plan import Plan
+    from dts.evaluation.records import SampleRecord
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -223,8 +224,9 @@ def _print_plan(plan: Plan, resumed: Path | None, tokens_per_second: float | Non
 
     if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
         raise UsageError(f"--tokens-per-second {tokens_per_second} is not allowed: it must be a number > 0")
-    samples = resumed / "samples.jsonl" if resumed else None
-    print(estimate(plan, read_jsonl(samples) if samples and samples.exists() else [], tokens_per_second))
+    file = resumed / "samples.jsonl" if resumed else None
+    done = cast("list[SampleRecord]", read_jsonl(file) if file and file.exists() else [])
+    print(estimate(plan, done, tokens_per_second))
     return OK
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from dts.evaluation.experiment.plan import Plan
-from dts.evaluation.records import Job, Record
+from dts.evaluation.records import Job, SampleRecord
 from dts.evaluation.report.summary import markdown
 
 HEADER = ["model", "data", "method", "jobs", "prompt tokens", "generated, at most", "forwarded, at most", "time"]
 
 
-def estimate(plan: Plan, done: Sequence[Record], tokens_per_second: float | None) -> str:
+def estimate(plan: Plan, done: Sequence[SampleRecord], tokens_per_second: float | None) -> str:
     """The work left in a plan, as Markdown. `done` are the samples that are finished already.
 
     Token figures are bounds: every completion at full length, nothing shared between rollouts. Time is those tokens at
@@ -58,7 +58,7 @@ def _rollouts(plan: Plan, method: str) -> int:
 
 
 def _seconds(
-    cell: tuple[str, str, str], jobs: int, forwarded: int | None, done: Sequence[Record], rate: float | None
+    cell: tuple[str, str, str], jobs: int, forwarded: int | None, done: Sequence[SampleRecord], rate: float | None
 ) -> float | None:
     if not jobs:
         return 0.0
@@ -68,7 +68,7 @@ def _seconds(
     return jobs * float(np.mean(own)) if own else None
 
 
-def _legend(done: Sequence[Record], rate: float | None) -> str:
+def _legend(done: Sequence[SampleRecord], rate: float | None) -> str:
     bounds = "Tokens: bounds, with every completion at full length and nothing shared between rollouts."
     if rate is not None:
         return f"{bounds} Time: the forwarded tokens at {rate:g} tokens per second."

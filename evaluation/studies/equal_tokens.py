@@ -11,21 +11,21 @@ once.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation.experiment.decode_job import sample_seed
-from dts.evaluation.records import Record
 from dts.evaluation.run_folder import RunFolder, reported, write_json
-from dts.evaluation.studies.equal_tokens_report import REFERENCE, write_report
+from dts.evaluation.studies.equal_tokens_report import REFERENCE, Found, SearchRecord, write_report
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Task
 from dts.evaluation.tasks.oracle import is_oracle
@@ -99,7 +99,7 @@ def run(study: Study, folder: RunFolder, *, progress: bool = False) -> None:
         Cell(name, i, seed) for name, task in tasks.items() for i in range(len(task.examples)) for seed in study.seeds
     ]
     folder.keep("study", folder.records("study"))  # without a last line that was cut off
-    done = {_key(record): record for record in folder.records("study")}
+    done = {_key(record): record for record in cast("list[SearchRecord]", folder.records("study"))}
     lm = dts.load(study.model)
     with tqdm(total=len(cells) * (1 + len(study.methods)), unit="search", disable=not progress) as bar:
         for cell in cells:
@@ -110,18 +110,18 @@ def run(study: Study, folder: RunFolder, *, progress: bool = False) -> None:
                 bar.update()
 
 
-def _key(record: Record) -> tuple[Any, ...]:
+def _key(record: SearchRecord) -> tuple[Any, ...]:
     return record["dataset"], record["id"], record["seed"], record["method"]
 
 
-def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Record]) -> Iterator[Record]:
+def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, SearchRecord]) -> Iterator[SearchRecord]:
     """The reference, whose tokens are the budget, then every method."""
     from dts.search import METHODS
 
     example = task.examples[cell.index]
     head = {"dataset": cell.dataset, "id": example.id, "seed": cell.seed}
 
-    def search(name: str, rollouts: int, budget: Budget | None) -> Record:
+    def search(name: str, rollouts: int, budget: Budget | None) -> SearchRecord:
         if (known := done.get((*head.values(), name))) is not None:
             return known
         import dts
@@ -139,7 +139,7 @@ def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Reco
             budget=budget,
         )
         mark = {"oracle": True} if is_oracle(reward) else {}
-        return {**head, "method": name, **mark, **outcome(result, study.draws)}
+        return outcome({**head, "method": name, **mark}, result, study.draws)
 
     reference = search(REFERENCE, max(study.budgets), None)
     yield reference
@@ -148,26 +148,27 @@ def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, Reco
         yield search(name, ENDLESS, limit)
 
 
-def outcome(result: Result, draws: int) -> Record:
+def outcome(head: Mapping[str, Any], result: Result, draws: int) -> SearchRecord:
     """A search as one record: its rollouts in order, its completions, and draws from its estimate of pi*."""
-    usage, prompt, nodes = result.usage.as_dict(), result.usage.prompt_tokens, len(result.tree)  # drawing adds to them
+    usage, prompt, nodes = copy.copy(result.usage), result.usage.prompt_tokens, len(result.tree)  # drawing adds to them
     drawn = result.sample(draws, seed=0) if result.values is not None and draws else []
     return {
+        **cast("SearchRecord", head),
         "prompt_tokens": prompt,
         "tokens": [r.tokens - prompt for r in result.rollouts],
         "rewards": [r.reward for r in result.rollouts],
         "start_depths": [r.start_depth for r in result.rollouts],
-        "spent": usage["forwarded_tokens"] - prompt,
-        "unique": usage["unique_tokens"] - prompt,
+        "spent": usage.forwarded_tokens - prompt,
+        "unique": usage.unique_tokens - prompt,
         "nodes": nodes,
-        "model_calls": usage["model_calls"],
-        "seconds": usage["seconds"],
+        "model_calls": usage.model_calls,
+        "seconds": usage.seconds,
         "completions": [_completion(c) for c in result.completions],
         "draws": [_completion(c) for c in drawn],
     }
 
 
-def _completion(completion: Completion) -> Record:
+def _completion(completion: Completion) -> Found:
     return {
         "text": completion.text,
         "reward": completion.reward,

@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
 from dts.errors import UsageError
 from dts.evaluation.measures.statistics import Interval, bootstrap, mean, paired_difference
-from dts.evaluation.records import Record
+from dts.evaluation.records import Mark
 from dts.evaluation.run_folder import read_jsonl, write_text
 from dts.evaluation.tasks.oracle import WARNING, marked
 
@@ -20,12 +20,44 @@ REFERENCE = "best-of-n"
 Row = list[str]
 
 
+class Found(TypedDict):
+    """A completion."""
+
+    text: str
+    reward: float
+    logprob: float  # nats
+    length: int  # tokens
+
+
+class SearchRecord(Mark):
+    """A line of study.jsonl: one search. Tokens are those forwarded after the prompt."""
+
+    dataset: str
+    id: str
+    seed: int
+    method: str
+    prompt_tokens: int
+    tokens: list[int]  # when each rollout was finished
+    rewards: list[float]  # of each rollout
+    start_depths: list[int]  # of each rollout
+    spent: int
+    unique: int
+    nodes: int
+    model_calls: int
+    seconds: float
+    completions: list[Found]  # distinct, best first
+    draws: list[Found]  # from the estimate of pi*
+
+
+Cells = dict[str, list[dict[str, SearchRecord]]]  # data set -> prompts and seeds -> method
+
+
 def write_report(folder: Path) -> str:
     """The tables as Markdown, also in report.md, with curves.png beside it."""
     if not (folder / "study.jsonl").exists():
         raise UsageError(f"{folder} holds no study.jsonl; run the study first")
     settings = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    records = read_jsonl(folder / "study.jsonl")
+    records = cast("list[SearchRecord]", read_jsonl(folder / "study.jsonl"))
     cells = _cells(records)
     parts = [
         f"Model {settings['model']}, lambda {settings['reward_scale']:g}, {settings['max_tokens']} tokens at most."
@@ -45,12 +77,12 @@ def write_report(folder: Path) -> str:
     return text
 
 
-def _cells(records: Sequence[Record]) -> dict[str, list[dict[str, Record]]]:
+def _cells(records: Sequence[SearchRecord]) -> Cells:
     """By data set: the searches of one prompt and seed, by method, where the reference is among them."""
-    found: dict[tuple[Any, ...], dict[str, Record]] = {}
+    found: dict[tuple[Any, ...], dict[str, SearchRecord]] = {}
     for record in records:
         found.setdefault((record["dataset"], record["id"], record["seed"]), {})[record["method"]] = record
-    cells: dict[str, list[dict[str, Record]]] = {}
+    cells: Cells = {}
     for (dataset, *_), cell in found.items():
         if REFERENCE in cell:
             oracle = any(record.get("oracle") for record in cell.values())
@@ -58,25 +90,25 @@ def _cells(records: Sequence[Record]) -> dict[str, list[dict[str, Record]]]:
     return cells
 
 
-def _by_method(cells: Sequence[dict[str, Record]]) -> Iterator[tuple[str, list[dict[str, Record]]]]:
+def _by_method(cells: Sequence[dict[str, SearchRecord]]) -> Iterator[tuple[str, list[dict[str, SearchRecord]]]]:
     """Every method, the reference first, with the cells that have it."""
     names = dict.fromkeys([REFERENCE, *(name for cell in cells for name in cell)])
     return ((name, [cell for cell in cells if name in cell]) for name in names)
 
 
-def best_at(record: Record, tokens: float) -> float:
+def best_at(record: SearchRecord, tokens: float) -> float:
     """The best reward of the rollouts that were finished within so many tokens; 0 before the first."""
     within = [reward for reward, spent in zip(record["rewards"], record["tokens"], strict=True) if spent <= tokens]
     return max(within, default=0.0)
 
 
-def reached_at(record: Record, reward: float) -> float:
+def reached_at(record: SearchRecord, reward: float) -> float:
     """Tokens after which a rollout had at least `reward`; infinite if none had."""
     pairs = zip(record["rewards"], record["tokens"], strict=True)
     return next((tokens for value, tokens in pairs if value >= reward - 1e-12), math.inf)
 
 
-def at_equal_tokens(cells: dict[str, list[dict[str, Record]]], budgets: Sequence[int]) -> tuple[Row, list[Row]]:
+def at_equal_tokens(cells: Cells, budgets: Sequence[int]) -> tuple[Row, list[Row]]:
     rows = []
     for dataset, every in cells.items():
         for n in budgets:
@@ -96,7 +128,7 @@ def at_equal_tokens(cells: dict[str, list[dict[str, Record]]], budgets: Sequence
     return ["data", "N", "tokens", "method", "prompts", "best reward", "minus best-of-N"], rows
 
 
-def tokens_to_reach(cells: dict[str, list[dict[str, Record]]], budgets: Sequence[int]) -> tuple[Row, list[Row]]:
+def tokens_to_reach(cells: Cells, budgets: Sequence[int]) -> tuple[Row, list[Row]]:
     """Ratio of best-of-N's tokens to those a method needs for the same best reward; a search that never gets there
     counts with all it spent."""
     rows = []
@@ -119,7 +151,7 @@ def tokens_to_reach(cells: dict[str, list[dict[str, Record]]], budgets: Sequence
     return ["data", "N", "method", "median ratio", "geometric mean", "least", "never reached"], rows
 
 
-def quality(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
+def quality(cells: Cells) -> tuple[Row, list[Row]]:
     rows = []
     for dataset, every in cells.items():
         for name, own in _by_method(every):
@@ -139,7 +171,7 @@ def quality(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
     return header, rows
 
 
-def as_good(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
+def as_good(cells: Cells) -> tuple[Row, list[Row]]:
     """What each search found with at least the highest reward of best-of-N: how many completions, and log p of the
     likeliest of them, in nats for the whole completion, against the likeliest that best-of-N has there."""
     rows = []
@@ -155,14 +187,14 @@ def as_good(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
     return ["data", "method", "log p of the likeliest, difference", "number, difference", "prompts"], rows
 
 
-def _top(reference: Record, record: Record) -> tuple[list[float], list[float]]:
+def _top(reference: SearchRecord, record: SearchRecord) -> tuple[list[float], list[float]]:
     """log p of the completions of both whose reward is at least the reference's highest."""
     goal = max(c["reward"] for c in reference["completions"]) - 1e-12
     before, after = ([c["logprob"] for c in r["completions"] if c["reward"] >= goal] for r in (reference, record))
     return before, after
 
 
-def over_optimisation(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, list[Row]]:
+def over_optimisation(cells: Cells) -> tuple[Row, list[Row]]:
     """Draws from the estimate of pi*, against best-of-n with the n whose expected reward is the draws' mean reward
     (found on the same prompt's independent samples, between two n by linear interpolation)."""
     rows = []
@@ -186,7 +218,7 @@ def over_optimisation(cells: dict[str, list[dict[str, Record]]]) -> tuple[Row, l
 Figures = tuple[float, float, float]  # mean reward, mean log p per token, mean distance of two
 
 
-def _at_same_reward(samples: Sequence[Record], draws: Sequence[Record]) -> tuple[Figures, Figures, float] | None:
+def _at_same_reward(samples: Sequence[Found], draws: Sequence[Found]) -> tuple[Figures, Figures, float] | None:
     """Figures of the draws, of best-of-n at the same reward, and n; None where no n up to a quarter of the samples
     comes that far."""
     distance = _distances([*samples, *draws])
@@ -205,7 +237,7 @@ def _at_same_reward(samples: Sequence[Record], draws: Sequence[Record]) -> tuple
     return None
 
 
-def _rank_weights(samples: Sequence[Record], n: int) -> np.ndarray:
+def _rank_weights(samples: Sequence[Found], n: int) -> np.ndarray:
     """The probability that each sample is the best of n drawn with replacement; equal rewards share theirs."""
     rewards = np.array([s["reward"] for s in samples])
     below = np.array([(rewards < r).sum() for r in rewards]) / len(rewards)
@@ -213,7 +245,7 @@ def _rank_weights(samples: Sequence[Record], n: int) -> np.ndarray:
     return (up_to**n - below**n) / ((up_to - below) * len(rewards))
 
 
-def _figures(items: Sequence[Record], weights: np.ndarray, distance: np.ndarray) -> Figures:
+def _figures(items: Sequence[Found], weights: np.ndarray, distance: np.ndarray) -> Figures:
     pairs = np.outer(weights, weights)
     np.fill_diagonal(pairs, 0.0)  # two different draws; equal texts among them still count with distance 0
     apart = float((pairs * distance).sum() / pairs.sum()) if pairs.sum() > 0 else 0.0
@@ -221,7 +253,7 @@ def _figures(items: Sequence[Record], weights: np.ndarray, distance: np.ndarray)
     return reward, float(weights @ np.array([i["logprob"] / i["length"] for i in items])), apart
 
 
-def _distances(items: Sequence[Record]) -> np.ndarray:
+def _distances(items: Sequence[Found]) -> np.ndarray:
     """1 - Jaccard overlap of the word sets of two texts, [n, n]."""
     words = [frozenset(item["text"].lower().split()) for item in items]
 
@@ -231,7 +263,7 @@ def _distances(items: Sequence[Record]) -> np.ndarray:
     return np.array([[distance(a, b) for b in words] for a in words])
 
 
-def curves(cells: dict[str, list[dict[str, Record]]]) -> Any:
+def curves(cells: Cells) -> Any:
     """Mean best reward against tokens, one panel for each data set, with a band of one standard error."""
     from matplotlib.figure import Figure
 
