@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,10 @@ def test_a_tracker_that_is_missing_or_unknown_says_what_to_do(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is not installed
     with pytest.raises(UnavailableError, match="pip install tensorboard"):
         make_tracker("online", tmp_path, "x", kind="tensorboard")
+
+
+def test_names_that_trackers_use_stand_in_one_module() -> None:
+    root = Path(__file__).parents[1] / "evaluation"
+    files = [path for kind in ("py", "html", "js") for path in root.rglob(f"*.{kind}")]
+    named = {path.relative_to(root).as_posix() for path in files if re.search(r"""["'{]final/""", path.read_text())}
+    assert named == {"tracking/keys.py"}

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from dts.evaluation.measures import statistics
 from dts.evaluation.records import Cell, Record, SampleRecord
 from dts.evaluation.report import charts
-from dts.evaluation.report.records import Run, load_runs
+from dts.evaluation.report.runs import Run, load_runs
 from dts.evaluation.report.summary import number
 from dts.evaluation.report.svg import inline_svg
 from dts.evaluation.run_folder import to_json, write_text

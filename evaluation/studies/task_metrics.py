@@ -28,7 +28,7 @@ import numpy as np
 from dts.errors import DTSError, UsageError
 from dts.evaluation.measures import statistics
 from dts.evaluation.records import Job, RolloutRecord, RunSummary, SampleRecord
-from dts.evaluation.report.records import load_runs
+from dts.evaluation.report.runs import load_runs
 from dts.evaluation.report.summary import markdown, number
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Row, Task
