@@ -1,4 +1,4 @@
-"""`generate`: tree search behind `model.generate(..., custom_generate=dts.generate)`."""
+"""`generate`: tree search inside `model.generate(..., custom_generate=dts.generate)`."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def _as_shown(processors: Any, input_ids: torch.Tensor, row: int, prompt: int) -
 
 
 class _Shown:
-    """A processor that gets one row's ids behind the row's padding, as that row of the batch."""
+    """A processor that gets one row's ids after the row's padding, as that row of the batch."""
 
     def __init__(self, processor: Any, input_ids: torch.Tensor, row: int, prompt: int) -> None:
         kind = type(processor)

@@ -5,7 +5,7 @@ state, a count). A search goes along many paths in turn. A processor that rememb
 
 - Functions, and the processors of `transformers` in `STATELESS`, depend on their arguments alone and are called as
   they are. So is an object with an attribute `stateless = True`.
-- Any other object is copied (`copy.deepcopy`) where a path goes on, so that each copy has seen the tokens of one path
+- Any other object is copied (`copy.deepcopy`) where a path continues, so that each copy has seen the tokens of one path
   and no others. Models and tokenizers inside it are shared. Each evaluated node keeps a copy.
 - A function or class that takes no arguments is a factory: it makes a processor for a new path. What it makes is
   copied where that is possible. Otherwise it is made anew at each branch and called along the path again, with

@@ -50,7 +50,7 @@ class Usage:
     recomputed_tokens: int = 0  # forwarded again because their cache entry had been given up
     model_calls: int = 0
     seconds: float = 0.0
-    kv_tokens: int = 0  # peak token positions in use behind the prompt, in lanes and archive
+    kv_tokens: int = 0  # peak token positions in use after the prompt, in lanes and archive
     kv_bytes: int = 0  # peak bytes held for keys, values and hidden states, unused capacity included
 
     def as_dict(self) -> dict[str, float]:

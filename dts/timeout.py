@@ -70,6 +70,6 @@ class _Timed(Reward):
         if not values:
             raise RewardError(
                 f"reward {self.name!r} took longer than {limit:g} s {about}; raise the reward timeout, or mend the "
-                "reward (it goes on in a thread that cannot be ended)"
+                "reward (it continues in a thread that cannot be ended)"
             )
         return values[0]

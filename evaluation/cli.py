@@ -82,7 +82,7 @@ def _add_what(group: Any, defaults: dict[str, Any]) -> None:
     add("--max-tokens", type=int, metavar="N", help="new tokens per completion")
     add("--data-seed", type=int, metavar="N", help="seed of the choice of examples")
     group.add_argument("--config", metavar="FILE", help="YAML file of options, see configs/")
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; needs no other option")
+    group.add_argument("--resume", metavar="DIR", help="continue with the run in this folder; needs no other option")
     group.add_argument("--dry-run", action="store_true", help="print what would be done and its cost, and stop")
     group.add_argument("--tokens-per-second", type=float, metavar="X", help="rate for the times of --dry-run")
 
@@ -194,12 +194,14 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
             run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
     except KeyboardInterrupt:
         _show(folder.path, mode, quiet)
-        print(f"interrupted: partial results are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
+        print(
+            f"interrupted: partial results are in {folder.path}; continue with --resume {folder.path}", file=sys.stderr
+        )
         return INTERRUPTED
     except UsageError:
         raise
     except (DTSError, OSError) as error:
-        print(f"finished rollouts are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
+        print(f"finished rollouts are in {folder.path}; continue with --resume {folder.path}", file=sys.stderr)
         return _fail(error, FAILED)
     _show(folder.path, mode, quiet)
     return OK

@@ -194,8 +194,8 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnavailableError(
-            f"{path} cannot be written ({error.strerror or error}); what was finished is kept: free the disk and go on "
-            "with --resume"
+            f"{path} cannot be written ({error.strerror or error}); what was finished is kept: free the disk and "
+            "continue with --resume"
         ) from error
 
 

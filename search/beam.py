@@ -43,7 +43,7 @@ class Beam:
     width: paths extended together. reward_weight: >= 0; prefixes count what their reward has earned, or the reward of
     the text so far where it says nothing before the end. groups: independent beams that share the width; they differ
     by their first token, or by their draws. segment: tokens, or a string that ends a step. branch: with segments longer
-    than a token, segments drawn behind each kept prefix, so width / branch prefixes are kept.
+    than a token, segments drawn after each kept prefix, so width / branch prefixes are kept.
     """
 
     width: int
@@ -101,12 +101,12 @@ class Beam:
         return False
 
     def _spread(self, live: list[int]) -> list[int]:
-        """Kept prefixes, as often as segments are drawn behind each."""
+        """Kept prefixes, as often as segments are drawn after each."""
         size = self.width // self.groups
         return list(itertools.islice(itertools.cycle(live), size))
 
     def _tokens(self, search: Search, live: list[int]) -> list[int]:
-        """Children of the kept prefixes with their most likely tokens, enough that as many go on as are kept even if
+        """Children of the kept prefixes with their most likely tokens, enough that as many continue as are kept even if
         the best of them end."""
         log_p = search.probabilities(live).log()
         count = max(2, 1 + len(search.lm.eos_ids)) * self.width // self.groups

@@ -62,7 +62,7 @@ class MCTS:
 
 
 class _Statistics:
-    """A node of the search tree: its children there, and what the rollouts through it came to."""
+    """A node of the search tree: its children there, and what the rollouts through it gave."""
 
     __slots__ = ("best", "children", "finished", "next_token", "selected", "total")
 

@@ -91,7 +91,7 @@ class Search:
         text = self._decode([*self._prompt_ids, *self.tree.tokens(node)])
         raise ModelError(
             f"{self.lm.name} gave logits with NaN or infinities, or none that is allowed, at node {node} of the tree, "
-            f"{self.tree.depth[node]} tokens behind the prompt, after {text[-200:]!r}; try dtype float32, or look at "
+            f"{self.tree.depth[node]} tokens after the prompt, after {text[-200:]!r}; try dtype float32, or look at "
             "the weights and the logits processor"
         )
 
@@ -278,7 +278,7 @@ class Search:
         return time.perf_counter() - self._started
 
     def fork(self) -> Search:
-        """A search that goes on from here with a tree of its own, on the same model session: what it computes is
+        """A search that continues from here with a tree of its own, on the same model session: what it computes is
         counted in the same `usage`."""
         other = copy.copy(self)
         other.tree = self.tree.copy()

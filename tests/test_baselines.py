@@ -122,7 +122,7 @@ def test_groups_are_independent_subtrees():
     first = Counter(c.token_ids[0] for c in result.completions)
     ranked = torch.from_numpy(case.lm.table(PROMPT)).argsort(descending=True).tolist()
     assert len(result.completions) == 6
-    # The most likely first tokens are dealt out; each group keeps two paths behind its own tokens.
+    # The most likely first tokens are dealt out; each group keeps two paths after its own tokens.
     groups = [{ranked[0], ranked[3]}, {ranked[1], ranked[4]}, {ranked[2], ranked[5]}]
     assert [sum(n for token, n in first.items() if token in group) for group in groups] == [2, 2, 2]
 
@@ -272,7 +272,7 @@ SEARCHES = [MCTS(300), MCTS(300, puct=False), MCTS(300, value="max")]
 @pytest.mark.parametrize("method", SEARCHES, ids=["puct", "uct", "max"])
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_mcts_concentrates_on_the_best_arm(method, batch_size):
-    """Five arms of unequal p; behind the unlikeliest wait the best rewards."""
+    """Five arms of unequal p; after the unlikeliest come the best rewards."""
     case = instance(0, vocab_size=5, horizon=2, eos=None, spread=0.7)
     arms = np.argsort(case.lm.table(PROMPT))
     worth = {str(arm): 1.0 - 0.2 * place for place, arm in enumerate(arms.tolist())}

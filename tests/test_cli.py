@@ -185,7 +185,7 @@ def test_list_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"har", "m4"} <= set(capsys.readouterr().out.split())
 
 
-# Settings from files, and what they come to.
+# Settings from files, and what they set.
 
 
 def test_shipped_configs_name_methods_and_data_that_exist() -> None:
@@ -295,7 +295,7 @@ def test_a_terminated_run_sums_up_what_is_done(tmp_path: Path, capsys: pytest.Ca
     assert signal.getsignal(signal.SIGTERM) is before
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert json.loads((folder / "summary.json").read_bytes())["runs"]
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
 
 
 def table_lines(text: str) -> list[str]:
@@ -335,7 +335,7 @@ def test_progress_is_drawn_on_a_terminal_only(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny Llama and Mistral models behind the registry's names, and a data folder."""
+    """A folder with tiny Llama and Mistral models under the registry's names, and a data folder."""
     import tokenizers
     import transformers
 

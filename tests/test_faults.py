@@ -1,4 +1,4 @@
-"""Injected faults: what a full disk, a lack of memory, a damaged file, a hanging reward or a broken model leave behind.
+"""Injected faults: what a full disk, a lack of memory, a damaged file, a hanging reward or a broken model leave.
 
 `INJECTED` counts the faults, the last test prints them: python -m pytest tests/test_faults.py -q
 """
@@ -301,7 +301,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(name, lm, caplog):
     assert [getattr(found.usage, c) for c in counts] == [getattr(expected.usage, c) for c in counts]
     if max(cramped.calls) > 2:
         assert cramped.failures <= 2  # 8 rows, 4, then it stays at 2
-        assert [m for m in caplog.messages if "out of memory" in m and "going on with" in m]
+        assert [m for m in caplog.messages if "out of memory" in m and "continuing with" in m]
         assert max(cramped.calls[-3:]) <= 2
 
 
@@ -531,12 +531,12 @@ def test_logits_that_are_no_distribution_are_named_with_their_prefix(name, broke
 
     def logits(prefix):
         values = table(prefix)
-        if len(prefix) >= 3:  # one token behind the prompt
+        if len(prefix) >= 3:  # one token after the prompt
             values[: len(BROKEN[broken])] = BROKEN[broken]
         return values
 
     INJECTED["model gives no distribution"] += 1
-    with pytest.raises(ModelError, match=r"table gave logits with NaN .* 1 tokens behind the prompt, after '1 2 \d '"):
+    with pytest.raises(ModelError, match=r"table gave logits with NaN .* 1 tokens after the prompt, after '1 2 \d '"):
         dts.decode(
             TableModel(logits, 5), (1, 2), reward=lambda text: 1.0, method=METHODS[name](4, 2.0), max_new_tokens=3
         )
@@ -547,7 +547,7 @@ def test_weights_of_nan_are_noticed_at_the_first_token():
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     INJECTED["model gives no distribution"] += 1
-    with pytest.raises(ModelError, match="0 tokens behind the prompt"):
+    with pytest.raises(ModelError, match="0 tokens after the prompt"):
         lm = HFModel(model, ByteTokenizer(), name="nan")
         lm._checked = True
         dts.decode(lm, PROMPT, method=MaxEnt(4), max_new_tokens=3)

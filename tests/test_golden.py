@@ -23,7 +23,7 @@ VOCAB, HORIZON, PROMPT = 5, 4, (1, 2)
 
 
 class Pairs:
-    """Monotone, in [0, 1]: what a table gives for each token and the one before it; nothing more behind EOS (0)."""
+    """Monotone, in [0, 1]: what a table gives for each token and the one before it; nothing more after EOS (0)."""
 
     name, monotone = "pairs", True
 

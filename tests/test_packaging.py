@@ -24,7 +24,7 @@ LINKED = ("models", "search", "training", "evaluation")
 
 
 def sources(folder: str) -> list[Path]:
-    """The Python files of a top-level folder, without those behind its links."""
+    """The Python files of a top-level folder, without those its links lead to."""
     return [Path(root) / file for root, _, files in os.walk(ROOT / folder) for file in files if file.endswith(".py")]
 
 

@@ -204,7 +204,7 @@ def test_ctrl_c_stops_the_workers_and_leaves_a_folder_to_resume(tmp_path: Path, 
     worker = psutil.Process(int(pid.read_text()))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate()
-    assert process.returncode == 130 and "go on with --resume" in errors, errors
+    assert process.returncode == 130 and "continue with --resume" in errors, errors
     assert "Traceback" not in errors
     worker.wait(60)
     assert len(read_jsonl(only_run(tmp_path) / "samples.jsonl")) == 2

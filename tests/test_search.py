@@ -20,7 +20,7 @@ from dts.tree import ROOT
 @pytest.mark.parametrize("bad", [[math.nan, 0, 0], [0, 0, math.nan], [0, math.inf, 0], [-math.inf] * 3])
 def test_logits_that_are_no_distribution_are_named(bad):
     lm = table({(): [-99.0, -99.0, 0.0], (2,): bad})
-    with pytest.raises(dts.ModelError, match=r"broken gave .* at node 1 of the tree, 1 tokens behind .* after '1 2 '"):
+    with pytest.raises(dts.ModelError, match=r"broken gave .* at node 1 of the tree, 1 tokens after .* after '1 2 '"):
         dts.decode(lm, (1,), method=BestOfN(3), max_new_tokens=2)
 
 
@@ -39,7 +39,7 @@ def test_processors_see_the_ids_and_one_row_and_may_write_to_it():
 
 
 class Tight(TableModel):
-    """No memory behind the prompt."""
+    """No memory for more than the prompt."""
 
     def open(self, *arguments, **options):
         raise self.table(())

@@ -229,7 +229,7 @@ def test_label_is_earned_when_it_is_certain():
     for token in encode("Answer: walking upstairs."):
         state = reward.extend([state], [token])[0]
         earned.append(reward.earned([state])[0])
-    assert earned[:-1] == [0.0] * (len(earned) - 1)  # "walking" alone may go on, and so may a word
+    assert earned[:-1] == [0.0] * (len(earned) - 1)  # "walking" alone may continue, and so may a word
     assert earned[-1] == pytest.approx(0.2 + 0.8 * 0.7) == reward.upper([state])[0]
     assert reward.score_text("Answer: walking") == pytest.approx(0.2 + 0.8 * 0.1)
     assert reward.score_text("no idea") == 0.0

@@ -112,7 +112,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, method, chang
     with pytest.raises(KeyboardInterrupt):
         train(cut, reward=share_of_a, callbacks=[Interrupt(step)])
     assert not (Path(cut.folder) / "adapter_model.safetensors").exists()
-    # What a kill in the middle of a save leaves behind is passed over.
+    # What a kill in the middle of a save leaves is passed over.
     (Path(cut.folder) / "checkpoint-99").mkdir(exist_ok=True)
     resumed = train(cut, resume="auto", reward=share_of_a)
 

@@ -29,7 +29,7 @@ def start(partition: Partition) -> tuple[Path, Trace]:
 
 
 def partition_of_two() -> tuple[Partition, Tree, list[tuple[Path, Trace]], list[int]]:
-    """Two paths at the node behind token 1 (p 0.5); below it leaves with p 0.4 and 0.6. lambda 2, rewards 0.5 and 1."""
+    """Two paths at the node after token 1 (p 0.5); below it leaves with p 0.4 and 0.6. lambda 2, rewards 0.5 and 1."""
     tree = Tree()
     node = tree.add(ROOT, 1, LOG(0.5), LOG(0.5))
     leaves = [leaf(tree, node, 2, LOG(0.4), LOG(0.6), 0.5), leaf(tree, node, 3, LOG(0.6), -math.inf, 1.0)]

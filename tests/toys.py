@@ -30,7 +30,7 @@ def leaf(tree: Tree, parent: int, token: int, log_p: float, rest: float, reward:
 
 
 def table(rows):
-    """Logits by the tokens behind the prompt; zeros elsewhere."""
+    """Logits by the tokens after the prompt; zeros elsewhere."""
     return TableModel(lambda prefix: np.array(rows.get(prefix[1:], np.zeros(3)), float), 3, eos=0, name="broken")
 
 

@@ -1,4 +1,4 @@
-"""Reads the records of a W&B offline run: LevelDB's log format behind a header of 7 bytes."""
+"""Reads the records of a W&B offline run: LevelDB's log format after a header of 7 bytes."""
 
 from __future__ import annotations
 

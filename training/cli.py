@@ -71,7 +71,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume-from-checkpoint", metavar="auto|DIR", help="go on with the newest checkpoint, or DIR")
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="auto|DIR", help="continue with the newest checkpoint, or DIR"
+    )
 
 
 def hyphenated(argv: Sequence[str]) -> list[str]:
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DTSError as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
-        print("interrupted: go on with --resume-from-checkpoint auto", file=sys.stderr)
+        print("interrupted: continue with --resume-from-checkpoint auto", file=sys.stderr)
         return INTERRUPTED
 
 

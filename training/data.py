@@ -1,7 +1,7 @@
 """Training data: JSON Lines files (also .gz) of prompts, responses, engagement and groups.
 
 Accepted lines: {"messages": [...]}, {"prompt": text or messages, "response" or "completion": text}, both with optional
-"engagement" (a number), "group" or "thread", and "cut": true where the response goes on (no end is taught behind it);
+"engagement" (a number), "group" or "thread", and "cut": true where the response continues (no end is taught after it);
 and reply threads: {"source_text", "post_text", "reply_text", "reply_likes", "thread"}, whose engagement is
 log(1 + likes).
 """
@@ -34,7 +34,7 @@ class Row:
     engagement: float | None  # finite; for reply threads log(1 + likes)
     group: str | None  # rows of a group belong together in any split
     source: str  # "file:line"
-    cut: bool = False  # the response goes on, so no EOS stands behind it
+    cut: bool = False  # the response continues, so no EOS follows it
 
 
 class _Bad(Exception):

@@ -93,7 +93,8 @@ def train(
             raise
         raise UnavailableError(
             f"out of memory at step {trainer.state.global_step} of {config.name}: lower batch_size={config.batch_size}"
-            f", max_length={config.max_length} or the samples per prompt, and go on with --resume-from-checkpoint auto"
+            f", max_length={config.max_length} or the samples per prompt, and continue with "
+            "--resume-from-checkpoint auto"
         ) from error
     drop_reference(trainer.model)
     trainer.save_model()  # with the tokenizer and training_args.bin
@@ -174,7 +175,7 @@ def check_folder(config: TrainConfig, resume: str | None, overwrite: bool) -> No
 
 
 def _checkpoint(config: TrainConfig, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, with its settings compared: others would bend the schedule or the data order."""
+    """The checkpoint to continue from, with its settings compared: others would bend the schedule or the data order."""
     if resume is None:
         return None
     folder = Path(config.folder)

@@ -110,5 +110,5 @@ def describe(plan: Plan) -> Description:
 
 
 def _fingerprint(task: Task) -> str:
-    """Changes where the data behind the same ids has changed."""
+    """Changes where the data of the same ids has changed."""
     return hashlib.sha256(to_json([example.prompt for example in task.examples]).encode()).hexdigest()

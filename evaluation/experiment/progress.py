@@ -1,4 +1,4 @@
-"""What a person at the terminal sees while a run goes on."""
+"""What a person at the terminal sees while a run is under way."""
 
 from __future__ import annotations
 

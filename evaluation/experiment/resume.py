@@ -35,7 +35,7 @@ def stored_config(path: Path, given: Mapping[str, Any]) -> ExperimentConfig:
         if name not in FREE and getattr(config, name) != getattr(wanted, name)
     ]
     if different:
-        raise UsageError(f"--resume {path} goes on with its own settings, and {'; '.join(different)}: leave them out")
+        raise UsageError(f"--resume {path} continues with its own settings, and {'; '.join(different)}: leave them out")
     return config
 
 

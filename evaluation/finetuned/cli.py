@@ -57,7 +57,7 @@ def _add_protocol(parser: argparse.ArgumentParser, output: str) -> None:
     )
     parser.add_argument("--train-data", metavar="FILE", help="rows on which GRPO's heuristic reward was fitted")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help=f"default: {output}")
-    parser.add_argument("--resume", action="store_true", help="go on with the replies that the output folder has")
+    parser.add_argument("--resume", action="store_true", help="continue with the replies that the output folder has")
     for name, default in (("max_examples", 50), ("samples", 10), ("max_tokens", 48), ("temperature", 1.0), ("seed", 0)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N",
                             help=f"default: {default}")  # fmt: skip

@@ -213,7 +213,7 @@ def _judge(
     contrasts: dict[str, dict[str, Any]],
     count: int,
 ) -> dict[str, Any] | None:
-    """Adds the judge's preference to the contrasts. Where the endpoint fails, says so and goes on without."""
+    """Adds the judge's preference to the contrasts. Where the endpoint fails, says so and continues without."""
     if judge is None:
         return None
     error = None

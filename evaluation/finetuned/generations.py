@@ -1,4 +1,4 @@
-"""Replies of several models to the same prompts, written to a file as they come, so that a cut comparison can go on."""
+"""Replies of several models to the same prompts, written to a file as they come, so a cut comparison can continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A language model behind an HTTP endpoint compares two replies. Off unless a caller makes a `Judge`.
+"""A language model at an HTTP endpoint compares two replies. Off unless a caller makes a `Judge`.
 
 Each pair is asked twice, with the replies in either order, at temperature 0. Only an answer that is exactly the JSON
 asked for counts; anything else is a parse failure, counted and never repaired. Answers are cached on disk, so a rerun

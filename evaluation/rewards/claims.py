@@ -20,7 +20,7 @@ WAITING = 4  # claims of a sentence that may wait for their subject
 class Claimed:
     """Notes of `ClaimReward`."""
 
-    word: str = ""  # the one that may go on
+    word: str = ""  # the one that may continue
     before: tuple[str, ...] = ()  # at most three words before it, in this sentence
     subject: str = ""  # the fact that this sentence speaks of now
     waiting: tuple[str, ...] = ()  # claims whose subject may follow: "a gentle breeze"

@@ -20,7 +20,7 @@ REACH = 4.0  # bands: a step this far from the centre earns half
 class Numbers:
     """Notes of `NumberParser` and of `ForecastReward`."""
 
-    run: str = ""  # digits of a number that may go on and what follows them, or `WORD` or `DEAD`
+    run: str = ""  # digits of a number that may continue and what follows them, or `WORD` or `DEAD`
     values: tuple[int, ...] = ()  # complete numbers, at most as many as the forecast has steps
     score: float = 0.0  # earned by the complete numbers
 
@@ -127,7 +127,7 @@ class NumberParser:
 
 
 class ForecastReward(TextReward):
-    """Plausibility of a forecast in [0, 1]: does it go on as the history does?
+    """Plausibility of a forecast in [0, 1]: does it continue as the history does?
 
     Each step earns as soon as its number is complete: 0.1 / steps for being there, and 0.8 / steps times
     1 / (1 + d / 4), where d is its distance from what the history lets one expect, in units of how far off such

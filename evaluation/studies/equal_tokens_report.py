@@ -277,7 +277,7 @@ def curves(cells: Cells) -> Any:
             middle, error = values.mean(0), values.std(0) / math.sqrt(len(values))
             line = panel.plot(grid, middle, label=name, color=colors.get(name))[0]
             panel.fill_between(grid, middle - error, middle + error, color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set(title=f"{dataset} ({len(own)} prompts)", xlabel="tokens forwarded behind the prompt")
+        panel.set(title=f"{dataset} ({len(own)} prompts)", xlabel="tokens forwarded after the prompt")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("best reward")
     panels[-1].legend(loc="lower right", frameon=False)

@@ -1,4 +1,4 @@
-"""Live tracking behind a small interface. The run folder always has the same events, whatever the tracker.
+"""Live tracking through a small interface. The run folder always has the same events, whatever the tracker.
 
 One tracker run per model, or per model, data set and seed where the configuration that it is started with names
 `dataset` and `seed`: keys of two never meet. One step of a run is one rollout. Names of figures: `keys`.

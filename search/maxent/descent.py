@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to go on from a node."""
+    """One way to continue from a node."""
 
     to: int | Choice  # a child, or EXPAND for what is no child yet
     log_p: float  # log of its p-mass

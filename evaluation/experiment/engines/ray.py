@@ -241,7 +241,7 @@ class _Crew:
         if self._deaths[seat.job] >= MAX_DEATHS:
             raise UnavailableError(
                 f"{MAX_DEATHS} workers died over the same job: {what} ({_first_line(error)}); look for memory on the "
-                "machines and for the same installation as here, then go on with --resume"
+                "machines and for the same installation as here, then continue with --resume"
             )
         logger.warning("a worker died (%s); another takes over", what)
 
