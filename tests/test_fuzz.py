@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -90,7 +91,7 @@ ROWS = (
     '{"prompt": "hi", "response": "ho", "group": "a"}\n'
     '{"source_text": "a", "post_text": "b", "reply_text": "c", "reply_likes": 3, "thread": 7}\n'
 )
-TASK_FILE = Path(str(study.__file__)).with_name("tasks").joinpath("keyword.yaml").read_text()
+TASK_FILE = Path(str(cli.__file__)).with_name("tasks").joinpath("keyword.yaml").read_text()
 TRAINING = "method: sft\nmodel: x/y\ndata: [a.jsonl]\nlora: {r: 4}\nlearning_rate: 2e-4\n"
 RECORDS = '{"model": "red", "dataset": "har", "seed": 0, "sample": 0, "method": "greedy", "time": 0.5}\n' * 2
 
@@ -326,6 +327,8 @@ def test_malformed_command_lines_of_the_other_commands(here, capsys, monkeypatch
 
     monkeypatch.setattr(fetch, "pip_download", unreachable)
     monkeypatch.setenv("DTS_CACHE", str(here.parent / "cache-of-fuzz"))
+    if importlib.util.find_spec("trl") is not None:  # imported now, it does not keep the replacement for later tests
+        importlib.import_module("dts.training.expert")
     monkeypatch.setattr("dts.training.run.train", lambda *_, **__: Path("nowhere"))
     monkeypatch.setattr(training_cli, "_show", lambda _: None)
     config = here.parent / "sft.yaml"
