@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(dts.__version__)
         return 0
+    if not command:
+        print(_help(), file=sys.stderr)
+        raise SystemExit(2)
     if command not in COMMANDS:
         print(f"error: {_unknown(command)}", file=sys.stderr)
         return 2
@@ -45,8 +48,7 @@ def _help() -> str:
 def _unknown(command: str) -> str:
     near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    asked = f"unknown command {command!r}: {hint}" if command else "no command was given: "
-    return f"{asked}choose from {', '.join(COMMANDS)}"
+    return f"unknown command {command!r}: {hint}choose from {', '.join(COMMANDS)}"
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ def test_every_command_shows_its_own_help(name: str, capsys: pytest.CaptureFixtu
         (["decod"], "unknown command 'decod': did you mean decode? choose from run, decode, "),
         (["evalute", "--x"], "did you mean evaluate?"),
         (["zzz"], "unknown command 'zzz': choose from"),
-        ([], "no command was given: choose from run"),
     ],
 )
 def test_an_unknown_command_names_the_nearest(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
