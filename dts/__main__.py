@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dts.spin import limit_spinning
+
 COMMANDS = {
     "run": ("dts.evaluation.cli:main", "compare methods on a data set, as run_experiments.py does"),
     "decode": ("dts.evaluation.decode:main", "search for the best completion of one prompt"),
@@ -21,6 +23,7 @@ USAGE = "usage: dts COMMAND [options]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hands the options over to a subcommand and returns its exit code."""
+    limit_spinning()
     command, *options = [*(sys.argv[1:] if argv is None else argv)] or [""]
     if command in ("-h", "--help"):
         print(_help())
