@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dts.errors import UsageError
 from dts.search.maxent.descent import Optimiser, Sampler
+from dts.search.maxent.lookahead import source_for
+from dts.search.maxent.valuemodel import OnlineValues, ValueModel
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
 from dts.search.sampling import check_size
@@ -47,6 +49,7 @@ class MaxEnt:
     sharpness: float = 8.0
     bonus: float | None = None
     lookahead: int = 16
+    values: Literal["online"] | ValueModel | None = None
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
@@ -85,9 +88,10 @@ class MaxEnt:
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
         explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
+        source = source_for(search, OnlineValues() if self.values == "online" else self.values)
         if self.search == "sample":
-            return Sampler(search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead)
+            return Sampler(search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead)
         return Optimiser(
-            search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead,
+            search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead,
             sharpness=self.sharpness, bonus=self.bonus,
         )  # fmt: skip
