@@ -18,7 +18,7 @@ LOWEST := $(addprefix tests/test_,golden.py numbers.py core_edges.py rewards.py 
 LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .venv-lowest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint coverage mutation lowest dist bench bench-check adapters docs fetch clean
+.PHONY: help run test lint smoke coverage mutation lowest dist bench bench-check adapters docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check --quiet .
 	$(RUN) -m mypy
+
+smoke: $(VENV)/.installed-dev  ## --smoke of every training config on the embedded model (about 10 minutes)
+	$(RUN) -m dts fetch
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -q -m minutes tests/test_smoke.py $(ARGS)
 
 coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models/; fails below 90 %
 	$(RUN) -m dts fetch

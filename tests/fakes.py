@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from dts.errors import RewardError, UsageError
-from dts.evaluation.backend import Backend
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.oracle import OracleReward
+from dts.evaluation.experiment.backend import Backend
+from dts.evaluation.experiment.config import ExperimentConfig
 from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.oracle import OracleReward
 from dts.results import Completion, Result, Rollout, Usage
 from dts.rewards import Context, Finished, Reward, TerminalReward, weighted_sum
 from dts.settings import Budget
@@ -184,9 +184,9 @@ class RecordingRun:
     def log_sample(self, record: dict[str, Any]) -> None:
         self.samples.append(record)
 
-    def finish(self, summary: dict[str, Any], charts: Mapping[str, Any], *, complete: bool) -> None:
+    def finish(self, cells: Sequence[Any], charts: Mapping[str, Any], *, complete: bool) -> None:
         assert self.complete is None, "finished twice"
-        self.summary, self.complete = summary, complete
+        self.summary, self.complete = {"runs": list(cells)}, complete
 
 
 @dataclass

@@ -221,7 +221,7 @@ def test_commands_have_only_options_that_exist(page):
         words = shlex.split(line, comments=True)[1:]
         if words[0] == "run_experiments.py":
             evaluation.build_parser().parse_args(evaluation.hyphenated(words[1:]))
-        elif words[0] == "train_model.py":
+        elif words[0] == "compat/train_model.py":
             training.build_parser().parse_args(training.hyphenated(["train", *words[1:]]))
         elif words[:2] == ["-m", "dts.training"] and words[2] in ("train", "train-variants", "expert-iteration"):
             training.build_parser().parse_args(training.hyphenated(words[2:]))

@@ -28,11 +28,11 @@ from families import ByteTokenizer, random_model
 import dts
 from dts import fetch as fetching
 from dts.errors import ModelError, RewardError, UnavailableError, UsageError
-from dts.evaluation import cli, data, results
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.exact import PROMPT as TABLE_PROMPT
-from dts.evaluation.exact import instance
-from dts.evaluation.results import RunFolder, read_jsonl, write_text
+from dts.evaluation import cli, data, run_folder
+from dts.evaluation.experiment.config import ExperimentConfig
+from dts.evaluation.run_folder import RunFolder, read_jsonl, write_text
+from dts.evaluation.studies.exact import PROMPT as TABLE_PROMPT
+from dts.evaluation.studies.exact import instance
 from dts.memory import is_out_of_memory
 from dts.models import archive
 from dts.models.huggingface import HFModel
@@ -56,7 +56,7 @@ class Disk:
         self.count, self.fails, self.kind = 0, fails, kind
         self._real, self._fsync = Path.open, os.fsync
         monkeypatch.setattr(Path, "open", lambda path, mode="r", *args, **more: self._open(path, mode, *args, **more))
-        monkeypatch.setattr(results.os, "fsync", self._sync)
+        monkeypatch.setattr(run_folder.os, "fsync", self._sync)
 
     def _full(self) -> bool:
         self.count += 1
@@ -108,8 +108,8 @@ def without_times(records):
 
 @pytest.fixture(autouse=True)
 def _quick_and_heard(monkeypatch, caplog):
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
     caplog.set_level(logging.WARNING, "dts")
 
 
@@ -152,7 +152,7 @@ def test_a_picture_that_finds_no_room_is_not_left_half_drawn(tmp_path, monkeypat
         (folder / "monotonicity.png").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", draw)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", draw)
     INJECTED["disk: pictures"] += 1
     assert cli.main(command(tmp_path), fake_backend()) == 1
     assert "No space left" in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
@@ -566,7 +566,7 @@ def test_no_duration_is_taken_from_a_clock_that_can_go_back():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found = f"{node.value.id}.{node.attr}"
                 if found in ("time.time", "time.time_ns", "datetime.utcnow") or (
-                    found == "datetime.now" and path.name != "results.py"
+                    found == "datetime.now" and path.name != "run_folder.py"
                 ):
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {found}")
             if isinstance(node, ast.ImportFrom) and node.module == "time":

@@ -38,11 +38,12 @@ import dts
 import dts.__main__ as dts_cli
 from dts import fetch
 from dts.errors import UnavailableError, UsageError
-from dts.evaluation import cli, data, study
-from dts.evaluation.config import ExperimentConfig, read_config_file
-from dts.evaluation.engines.local import run_jobs
+from dts.evaluation import cli, data
+from dts.evaluation.experiment.config import ExperimentConfig, read_config_file
+from dts.evaluation.experiment.engines.local import run_jobs
 from dts.evaluation.report import __main__ as report_cli
-from dts.evaluation.results import read_jsonl
+from dts.evaluation.run_folder import read_jsonl
+from dts.evaluation.studies import equal_tokens as study
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tracking import NullTracker
 from dts.models.registry import read_models_file
@@ -291,7 +292,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "make_tracker", lambda *_: NullTracker())
     monkeypatch.setattr(cli, "find_engine", lambda *_: run_jobs)
-    monkeypatch.setattr("dts.evaluation.runner.run", lambda *_, **__: {})
+    monkeypatch.setattr("dts.evaluation.experiment.run.run", lambda *_, **__: {})
     monkeypatch.setattr(study, "run", lambda *_, **__: None)
     monkeypatch.setattr(study, "write_report", lambda _: "")
     return tmp_path

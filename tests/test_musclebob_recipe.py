@@ -527,8 +527,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command, message, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train_musclebob_improved.py", "test_musclebob.py"])
-def test_scripts_at_the_root(script):
+@pytest.mark.parametrize("script", ["compat/train_musclebob_improved.py", "compat/test_musclebob.py"])
+def test_scripts_of_earlier_systems(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--model" in done.stdout

@@ -16,13 +16,17 @@ from test_scores import cells, run_folder, said
 from wandb_file import OfflineRun, offline_runs
 
 import dts
-from dts.evaluation import charts, comprehensive_report, protocol, study, study_report
 from dts.evaluation.cli import main
-from dts.evaluation.oracle import OracleReward, is_oracle, sees_reference
+from dts.evaluation.finetuned import compare as protocol
+from dts.evaluation.finetuned import report as comprehensive_report
+from dts.evaluation.report import charts
 from dts.evaluation.report.__main__ import main as report_main
-from dts.evaluation.results import read_jsonl
-from dts.evaluation.scores import tables
+from dts.evaluation.run_folder import read_jsonl
+from dts.evaluation.studies import equal_tokens as study
+from dts.evaluation.studies import equal_tokens_report as study_report
+from dts.evaluation.studies.task_metrics import tables
 from dts.evaluation.tasks import load_task
+from dts.evaluation.tasks.oracle import OracleReward, is_oracle, sees_reference
 
 NAME = "sum(number, answer key)"
 

@@ -61,7 +61,7 @@ def test_nobody_imports_a_top_level_folder_by_its_bare_name():
 
 def test_the_linter_forbids_the_bare_names():
     pytest.importorskip("ruff", reason="ruff is part of the dev extra")
-    code = "from search.loop import Search\nimport models\n"
+    code = "from search.search import Search\nimport models\n"
     command = [
         sys.executable,
         "-m",

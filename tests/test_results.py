@@ -9,7 +9,7 @@ import pytest
 from toys import LOG
 
 import dts
-from dts.evaluation.plain_dts import PlainDTS
+from dts.evaluation.studies.plain_dts import PlainDTS
 from dts.models.table import TableModel
 from dts.results import Completion, Estimate, LogZ, Result, Rollout, Usage
 from dts.rewards import Context, Finished

@@ -17,14 +17,16 @@ import pytest
 from fakes import COLORS, Calls, FakeSpec, FakeTask, RecordingTracker, fake_backend, raise_after
 
 from dts.errors import UnavailableError
-from dts.evaluation.backend import Backend
 from dts.evaluation.cli import main
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.engines.local import run_jobs
-from dts.evaluation.plan import Job, prepare
-from dts.evaluation.results import TIME_KEYS, RunFolder, read_jsonl
-from dts.evaluation.runner import run
+from dts.evaluation.experiment.backend import Backend
+from dts.evaluation.experiment.config import ExperimentConfig
+from dts.evaluation.experiment.engines.local import run_jobs
+from dts.evaluation.experiment.plan import prepare
+from dts.evaluation.experiment.run import run
+from dts.evaluation.records import Job
+from dts.evaluation.run_folder import RunFolder, read_jsonl
 from dts.evaluation.tasks.base import Example
+from dts.evaluation.tracking.keys import TIME_KEYS
 from dts.rewards import Context, Finished, Reward, TerminalReward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +37,8 @@ SIZES = ["--models", "red", "--num-samples", "3", "--num-rollouts", "3", "--meth
 def no_pictures() -> Iterator[None]:
     """Drawing takes most of a small run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-        patch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+        patch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+        patch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
         yield
 
 

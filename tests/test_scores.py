@@ -10,7 +10,7 @@ import pytest
 from task_data import write_har, write_m4
 
 from dts.errors import UsageError
-from dts.evaluation.scores import main, tables
+from dts.evaluation.studies.task_metrics import main, tables
 from dts.evaluation.tasks import Task, load_task
 
 

@@ -56,6 +56,7 @@ def test_smoke_runs_on_a_tiny_model(
 
 
 @pytest.mark.slow
+@pytest.mark.minutes  # make smoke
 @each_config
 def test_smoke_runs_on_the_embedded_model(command: str, file: Path, tmp_path: Path, request: Any) -> None:
     try:

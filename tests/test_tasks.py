@@ -19,15 +19,16 @@ from task_data import CLASSES, SHARED, write_har, write_m4, write_weather
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation import metrics, oracle
 from dts.evaluation.data import load_series, load_weather, read_har_npz
-from dts.evaluation.forecast_check import candidates, correlation
+from dts.evaluation.measures import metrics
 from dts.evaluation.rewards import ClaimReward
-from dts.evaluation.tasks import TASKS, Example, load_task
+from dts.evaluation.studies.forecast_reward import candidates, correlation
+from dts.evaluation.tasks import TASKS, Example, load_task, oracle
 from dts.evaluation.tasks.captions import facts, weather_facts
 from dts.evaluation.tasks.digits import Digits, digits_alone
-from dts.evaluation.tasks.registry import choose, read_task_file
+from dts.evaluation.tasks.registry import read_task_file
 from dts.evaluation.tasks.sft import main, sft_rows
+from dts.evaluation.tasks.task_file import choose
 from dts.models.huggingface import HFModel
 from dts.rewards import Context, Finished
 from dts.search import MaxEnt

@@ -14,9 +14,10 @@ from task_data import write_m4, write_weather
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation import cli, comprehensive
-from dts.evaluation.config import read_config_file
+from dts.evaluation import cli
 from dts.evaluation.data import load_weather
+from dts.evaluation.experiment.config import read_config_file
+from dts.evaluation.finetuned import cli as comprehensive
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.registry import read_task_file
 from dts.models.registry import resolve

@@ -104,6 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def command_main(argv: Sequence[str] | None = None) -> int:
+    """`dts train`: one of the commands, or the options of the command `train`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return main(given if given and not given[0].startswith("-") else ["train", *given])
+
+
 def train_main(argv: Sequence[str] | None = None) -> int:
     """`train_model.py`: the command `train`."""
     return main(["train", *(sys.argv[1:] if argv is None else argv)])
@@ -120,6 +126,8 @@ def _elsewhere(command: str, argv: Sequence[str]) -> int:
 def read_config(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, with the file's name as the default `name`. Raises `UsageError`."""
     path = Path(file)
+    if path.parts[:1] == ("config",) and not path.exists():  # the folder's earlier name
+        path = Path("configs", *path.parts[1:])
     content = read_yaml(path, "--config")
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path} holds no settings; write lines like: method: sft")

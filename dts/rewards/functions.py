@@ -39,7 +39,7 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, *, b
     batched: whether the function takes a list of texts; None: by its annotation, and where it has none, by what it does
     with the first text. Raises `UsageError` for what is no reward.
     """
-    if isinstance(reward, type):
+    if isinstance(reward, type) and all(hasattr(reward, member) for member in ("start", "finish")):
         raise UsageError(f"reward={reward.__name__} is a class; give an instance of it: {reward.__name__}(...)")
     if isinstance(reward, Reward) or all(hasattr(reward, member) for member in _MEMBERS):
         return reward  # type: ignore[return-value]  # with these members it is one

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation.forecasting import Spectrum, expect
+from dts.evaluation.measures.forecasting import Spectrum, expect
 from dts.evaluation.rewards.text import TextReward
 
 PRESENT, STEPS, SPECTRUM = 0.1, 0.8, 0.1  # shares of the reward
@@ -131,9 +131,9 @@ class ForecastReward(TextReward):
 
     Each step earns as soon as its number is complete: 0.1 / steps for being there, and 0.8 / steps times
     1 / (1 + d / 4), where d is its distance from what the history lets one expect, in units of how far off such
-    expectations were in the past (`dts.evaluation.forecasting.expect`): level, trend and season, each trusted as far
-    as it held before. The last step also earns 0.1 times the overlap of the power spectra of history and forecast
-    (`Spectrum`). A short forecast keeps what its steps earned.
+    expectations were in the past (`dts.evaluation.measures.forecasting.expect`): level, trend and season, each trusted
+    as far as it held before. The last step also earns 0.1 times the overlap of the power spectra of history and
+    forecast (`Spectrum`). A short forecast keeps what its steps earned.
     """
 
     def __init__(self, parser: NumberParser, history: np.ndarray, season: int, name: str = "plausibility") -> None:
