@@ -110,7 +110,10 @@ def look_ahead(search: Search, source: Source | None, values: SoftValues, nodes:
         return
     p, candidates = search.probabilities(nodes).topk(min(tokens, search.lm.vocab_size), dim=-1)  # [B, tokens]
     log_p, chosen = p.log().tolist(), candidates.tolist()
-    tries = [[(token, log) for token, log in zip(*row, strict=True) if log > -700.0] for row in zip(chosen, log_p, strict=True)]
+    tries = [
+        [(token, log) for token, log in zip(*row, strict=True) if log > -700.0]
+        for row in zip(chosen, log_p, strict=True)
+    ]
     pairs = [(node, token) for node, row in zip(nodes, tries, strict=True) for token, _ in row]
     promises = iter(source.after([node for node, _ in pairs], [token for _, token in pairs]))
     for node, row in zip(nodes, tries, strict=True):

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
+from dts.errors import UsageError, shown
+
 BINS = 8  # of the share of the text that is written, 0 to 1
 PRIOR_TEXTS = 6.0  # finished texts that the prior slope counts for
 LEAST_SPREAD = 1e-4  # variance of the scores below which they say nothing
@@ -26,6 +28,12 @@ class ValueModel(Protocol):
 
     def observe(self, path: Iterable[tuple[float, float]], reward: float) -> None:
         """Learn from a finished text: (share, score) of its beginnings, and its reward."""
+
+
+def check_value_model(model: object) -> None:
+    """Raise `UsageError` for what cannot be asked."""
+    if isinstance(model, type) or not (hasattr(model, "predict") and hasattr(model, "observe")):
+        raise UsageError(f"values={shown(model)} is not allowed; give 'online', None or an object like OnlineValues()")
 
 
 class _Bin:
