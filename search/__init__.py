@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dts.search.beam import Beam
 from dts.search.consensus import SelfConsistency
 from dts.search.maxent import MaxEnt
+from dts.search.maxent.valuemodel import OnlineValues, ValueModel
 from dts.search.mcts import MCTS
 from dts.search.method import GeneratorRun, Method, Outcome, Run
 from dts.search.particles import ParticleFilter
@@ -40,11 +41,13 @@ __all__ = [
     "Greedy",
     "MaxEnt",
     "Method",
+    "OnlineValues",
     "Outcome",
     "ParticleFilter",
     "Run",
     "Sampling",
     "Search",
     "SelfConsistency",
+    "ValueModel",
     "run",
 ]

@@ -226,6 +226,18 @@ class Search:
         done = [self.finished(node) for node in nodes]
         return checked_finish(self.reward, [self._states[node] for node in nodes], done) if nodes else []
 
+    def scores_after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """The reward of each of these prefixes with one more token, if its sequence ended there."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        states = self._states_after(pairs)
+        self._ahead.update(zip(pairs, states, strict=True))
+        done = [self._text([*self.tree.tokens(node), token]) for node, token in pairs]
+        return checked_finish(self.reward, states, done) if pairs else []
+
+    def _text(self, ids: Sequence[int]) -> Finished:
+        """A sequence that is not in the tree, as if it ended there."""
+        return Finished(tuple(ids), self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids))
+
     def _record(self, leaf: int, start_depth: int) -> None:
         reward = self.tree.reward[leaf]
         rollout = Rollout(

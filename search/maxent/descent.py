@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dts.logspace import draw, logsumexp
 from dts.results import Estimate
 from dts.search.choice import Choice
-from dts.search.maxent.lookahead import look_ahead
+from dts.search.maxent.lookahead import Source, look_ahead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
@@ -68,6 +68,17 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
     return draw(found, [option.log_p if by_p else option.log_value for option in found], uniform)
 
 
+def _draw(
+    search: Search, source: Source | None, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
+) -> list[int]:
+    """A new child for each path's node, from p times exp(tilt), valued at once."""
+    known = len(search.tree)
+    children = search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
+    if source:
+        source.value([child for child in dict.fromkeys(children) if child >= known])
+    return children
+
+
 class Sampler(Plain):
     """DTS: follow the estimated target among what is not finished, p(a|s) exp F_open(sa), the rest u(s) exp G(s).
 
@@ -76,15 +87,24 @@ class Sampler(Plain):
 
     distinct = True
 
-    def __init__(self, search: Search, reward_scale: float, *, explore: float, widening: float, lookahead: int) -> None:
+    def __init__(
+        self,
+        search: Search,
+        reward_scale: float,
+        source: Source | None,
+        *,
+        explore: float,
+        widening: float,
+        lookahead: int,
+    ) -> None:
         super().__init__(search)
-        self._explore, self._widening, self._lookahead = explore, widening, lookahead
+        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
         self._visits = Visits(search.tree)
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
 
     def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._values, nodes, self._lookahead)
+        look_ahead(self.search, self._source, self._values, nodes, self._lookahead)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -107,13 +127,15 @@ class Sampler(Plain):
     def expand(self, paths: Sequence[Path]) -> list[int]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
-        children = self.search.draw([path.node for path in paths], [path.rng.random() for path in paths], by_token)
+        children = _draw(self.search, self._source, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
         return children
 
     def learn(self, path: Path) -> None:
+        if self._source:
+            self._source.learn(path.node)
         self._partition.close(path.note.trace, path.node)
         if self._visits.close(path.node):
             self._values.learn(path.node)
@@ -134,6 +156,7 @@ class Optimiser(Plain):
         self,
         search: Search,
         reward_scale: float,
+        source: Source | None,
         *,
         explore: float,
         widening: float,
@@ -142,14 +165,15 @@ class Optimiser(Plain):
         bonus: float | None,
     ) -> None:
         super().__init__(search)
-        self._explore, self._widening, self._lookahead, self._bonus = explore, widening, lookahead, bonus
+        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
+        self._bonus = bonus
         self._visits = Visits(search.tree)
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
     def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._guide, nodes, self._lookahead)
+        look_ahead(self.search, self._source, self._guide, nodes, self._lookahead)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -196,7 +220,7 @@ class Optimiser(Plain):
     def expand(self, paths: Sequence[Path]) -> list[int]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
-        return self.search.draw([path.node for path in paths], [path.rng.random() for path in paths], by_token)
+        return _draw(self.search, self._source, paths, by_token)
 
     def prunes(self, path: Path) -> bool:
         if self._guide.tree.upper[path.node] > self._high:
@@ -205,6 +229,8 @@ class Optimiser(Plain):
         return True
 
     def learn(self, path: Path) -> None:
+        if self._source:
+            self._source.learn(path.node)
         reward = self._guide.tree.reward[path.node]
         self._low, self._high = min(self._low, reward), max(self._high, reward)
         if self._visits.close(path.node):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dts.errors import UsageError
 from dts.search.maxent.descent import Optimiser, Sampler
+from dts.search.maxent.lookahead import source_for
+from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_model
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
 from dts.search.sampling import check_size
@@ -35,8 +37,12 @@ class MaxEnt:
     sharpness: `DTS*` only, paths are led by the soft values at sharpness times lambda.
     bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
     confidence bonus of this weight, in units of the reward range seen so far.
-    lookahead: for monotone rewards, how many of the likeliest next tokens of a node are tried on the reward (not on the
-    model), so that those that gain are drawn more often; 0 turns it off.
+    lookahead: how many of the likeliest next tokens of a node are tried on the reward (not on the model), so that those
+    that gain are drawn more often; 0 turns it off. For monotone rewards, and others with a value model.
+    values: for rewards that are not monotone. "online": the reward is asked about unfinished texts, too, and the search
+    learns what its answer says of the final reward; a value model: the same, with one that may have learnt from other
+    prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. It decides where paths go.
+    The target, Z and the bounds do not depend on it.
     """
 
     rollouts: int
@@ -47,6 +53,7 @@ class MaxEnt:
     sharpness: float = 8.0
     bonus: float | None = None
     lookahead: int = 16
+    values: Literal["online"] | ValueModel | None = None
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
@@ -59,6 +66,8 @@ class MaxEnt:
         check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
         if self.bonus is not None:
             check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
+        if self.values is not None and self.values != "online":
+            check_value_model(self.values)
         check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0")
 
     @property
@@ -85,9 +94,10 @@ class MaxEnt:
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
         explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
+        source = source_for(search, OnlineValues() if self.values == "online" else self.values)
         if self.search == "sample":
-            return Sampler(search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead)
+            return Sampler(search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead)
         return Optimiser(
-            search, self.reward_scale, explore=explore, widening=widening, lookahead=lookahead,
+            search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead,
             sharpness=self.sharpness, bonus=self.bonus,
         )  # fmt: skip
