@@ -146,8 +146,8 @@ def interval(logs: np.ndarray) -> tuple[float, float, float]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    head = ("score", "N", "reward", "method", "token ratio", "least", "not reached", "ratio of seconds", "reward gained",
-            "nats gained")  # fmt: skip
+    head = ("score", "N", "reward", "method", "token ratio", "least", "not reached", "ratio of seconds",
+            "reward gained", "nats gained")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     keys = dict.fromkeys((r["score"], r["n"], r["reward"], r["method"]) for r in rows)
     for key in keys:
@@ -157,8 +157,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         missed = sum(not r["reached"] for r in own)
         gain, nats = (float(np.mean([r[name] for r in own])) for name in ("gain", "nats"))
         lines.append(
-            f"| {' | '.join(map(str, key))} | {mean:.1f} [{low:.1f}, {high:.1f}] | {min(r['ratio'] for r in own):.1f} | "
-            f"{missed} of {len(own)} | {seconds:.1f} | {gain:+.3f} | {nats:+.1f} |"
+            f"| {' | '.join(map(str, key))} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
+            f"{min(r['ratio'] for r in own):.1f} | {missed} of {len(own)} | {seconds:.1f} | {gain:+.3f} | {nats:+.1f} |"
         )
     return "\n".join(lines)
 
