@@ -1,10 +1,12 @@
-"""Attention of many paths over one shared prompt and, each, over its own tokens: what a `TreeCache` hands to a model.
+"""Attention of many paths over the prompts they share and, each, over its own tokens: what a forest hands to a model.
 
-Nothing but a path's own ancestors is read, and keys and values are never repeated for grouped heads.
+Nothing but a path's own ancestors is read, and keys and values are never repeated for grouped heads. A stretch of a
+prompt is read once for all paths behind it, also of several prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +16,32 @@ from transformers import AttentionInterface
 ATTENTION = "dts_tree"  # the name under which models find it
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of prompt, from position `start` to `stop`, and the lanes whose prompts hold it, ascending."""
+
+    start: int
+    stop: int
+    lanes: Sequence[int]
+
+
 class Step:
     """What every layer of one decode step shares: which lane each row writes, and who sees what.
 
-    lanes, lengths: for each row of the forward call, ascending lanes and the tokens they hold with the new one.
+    lanes, lengths, prefix_lengths: for each row of the forward call, ascending lanes, the tokens they hold with the
+    new one, and the tokens of their prompts.
     """
 
-    def __init__(self, lanes: list[int], lengths: list[int], prefix_length: int) -> None:
-        self.lanes, self.lengths, self.prefix_length = lanes, lengths, prefix_length
+    def __init__(
+        self, lanes: Sequence[int], lengths: Sequence[int], prefix_lengths: Sequence[int], spans: Sequence[Span]
+    ) -> None:
+        self.lanes, self.lengths, self.prefix_lengths, self.spans = lanes, lengths, prefix_lengths, spans
+        self.prefix_length = max(prefix_lengths)
         self.first = lanes[0]
         self.width = lanes[-1] + 1 - self.first  # lanes that take part; idle ones among them are computed and dropped
         self.span = max(lengths)  # lane positions that take part
         self.dense = self.width == len(lanes)
+        self.single = len(spans) == 1 and len(spans[0].lanes) == self.width  # one prompt, and every lane is behind it
         self._tensors: dict[tuple[str, torch.device, int | None], Any] = {}
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +53,20 @@ class Step:
         found: tuple[torch.Tensor, torch.Tensor] = self._tensors[key]
         return found
 
+    def readers(self, device: torch.device) -> list[slice | torch.Tensor]:
+        """For each span, which of the lanes that take part read it."""
+        key = ("readers", device, None)
+        if key not in self._tensors:
+            self._tensors[key] = [self._part(span.lanes, device) for span in self.spans]
+        found: list[slice | torch.Tensor] = self._tensors[key]
+        return found
+
+    def _part(self, lanes: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+        first, last = lanes[0] - self.first, lanes[-1] - self.first
+        if last - first + 1 == len(lanes):
+            return slice(first, last + 1)
+        return torch.tensor(lanes, device=device) - self.first
+
     def hidden_keys(self, device: torch.device, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Masks of keys a lane must not see: over the prefix [width, P] and over the lanes [width, span], or None."""
         key = ("hidden", device, window)
@@ -46,30 +76,59 @@ class Step:
         return found
 
     def _build_masks(self, device: torch.device, window: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        lengths = [0] * self.width
-        for lane, held in zip(self.lanes, self.lengths, strict=True):
-            lengths[lane - self.first] = held
-        length = torch.tensor(lengths, device=device)[:, None]  # [width, 1]
+        lengths, prefixes = [0] * self.width, [self.prefix_length] * self.width
+        for lane, held, prefix in zip(self.lanes, self.lengths, self.prefix_lengths, strict=True):
+            lengths[lane - self.first], prefixes[lane - self.first] = held, prefix
+        length, behind = (torch.tensor(values, device=device)[:, None] for values in (lengths, prefixes))  # [width, 1]
         lane_position = torch.arange(self.span, device=device)[None]
+        prefix_position = torch.arange(self.prefix_length, device=device)[None]
         lane_mask = lane_position >= length
-        prefix_mask = None
-        if window is not None and self.prefix_length + self.span > window:
-            first_seen = self.prefix_length + length - window  # a query at the lane's last position sees from here on
-            prefix_mask = torch.arange(self.prefix_length, device=device)[None] < first_seen
-            lane_mask = lane_mask | (lane_position + self.prefix_length < first_seen)
-        ragged = prefix_mask is not None or min(lengths) < self.span
-        return prefix_mask, lane_mask if ragged else None
+        prefix_mask = prefix_position >= behind if min(prefixes) < self.prefix_length else None
+        windowed = window is not None and self.prefix_length + self.span > window
+        if windowed:
+            first_seen = behind + length - window  # a query at the lane's last position sees from here on
+            outside = prefix_position < first_seen
+            prefix_mask = outside if prefix_mask is None else prefix_mask | outside
+            lane_mask = lane_mask | (lane_position + behind < first_seen)
+        return prefix_mask, lane_mask if windowed or min(lengths) < self.span else None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
     """One layer's keys and values during one step."""
 
-    prefix_keys: torch.Tensor  # [heads, P, dim]
-    prefix_values: torch.Tensor
+    prefix_keys: list[torch.Tensor]  # of each span of the step, [heads, tokens, dim]
+    prefix_values: list[torch.Tensor]
     lane_keys: torch.Tensor  # [lanes, heads, T, dim]
     lane_values: torch.Tensor
     step: Step
+
+    def prefix_scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Products of queries, [heads, groups, width, dim], with the keys of their prompts: [heads, groups, width, P].
+        0 after the end of a shorter prompt."""
+        heads, groups, width, dim = rows.shape
+        if self.step.single:
+            flat = torch.matmul(rows.reshape(heads, groups * width, dim), self.prefix_keys[0].transpose(1, 2))
+            return flat.reshape(heads, groups, width, -1)
+        scores = rows.new_zeros(heads, groups, width, self.step.prefix_length)
+        readers = self.step.readers(rows.device)
+        for span, part, keys in zip(self.step.spans, readers, self.prefix_keys, strict=True):
+            products = torch.matmul(rows[:, :, part].reshape(heads, -1, dim), keys.transpose(1, 2))
+            scores[:, :, part, span.start : span.stop] = products.view(heads, groups, -1, keys.shape[1])
+        return scores
+
+    def prefix_sums(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums of the prompts' values with weights [heads, groups, width, P]: [heads, groups, width, dim]."""
+        heads, groups, width, length = weights.shape
+        if self.step.single:
+            flat = torch.matmul(weights.reshape(heads, groups * width, length), self.prefix_values[0])
+            return flat.view(heads, groups, width, -1)
+        sums = weights.new_zeros(heads, groups, width, self.lane_values.shape[-1])
+        readers = self.step.readers(weights.device)
+        for span, part, values in zip(self.step.spans, readers, self.prefix_values, strict=True):
+            picked = weights[:, :, part, span.start : span.stop].reshape(heads, -1, values.shape[1])
+            sums[:, :, part] += torch.matmul(picked, values).view(heads, groups, -1, values.shape[2])
+        return sums
 
 
 def tree_attention(
@@ -84,12 +143,12 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of B paths over the shared prefix and their own lanes.
+    """Attention of B paths over their prompts and their own lanes.
 
     query: [1, query heads, B, dim]. Returns [1, B, query heads, dim].
     """
     step, view = key.step, key
-    heads, _, dim = view.prefix_keys.shape
+    _, heads, _, dim = view.lane_keys.shape
     groups, width, span = query.shape[1] // heads, step.width, step.span
     rows = query[0]  # [query heads, B, dim]
     if not step.dense:
@@ -101,12 +160,10 @@ def tree_attention(
     part = slice(step.first, step.first + width)
     lane_keys, lane_values = view.lane_keys[part, :, :span], view.lane_values[part, :, :span]
 
-    over_prefix = torch.matmul(rows.reshape(heads, groups * width, dim), view.prefix_keys.transpose(1, 2))
+    over_prefix = view.prefix_scores(rows)  # [heads, groups, width, P]
     over_lanes = torch.matmul(rows.permute(2, 0, 1, 3), lane_keys.transpose(2, 3))  # [width, heads, groups, span]
-    length = view.prefix_keys.shape[1]
-    scores = torch.cat(
-        [over_prefix.reshape(heads, groups, width, length), over_lanes.permute(1, 2, 0, 3)], dim=-1
-    ).float()
+    length = step.prefix_length
+    scores = torch.cat([over_prefix, over_lanes.permute(1, 2, 0, 3)], dim=-1).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     prefix_mask, lane_mask = step.hidden_keys(query.device, sliding_window)
@@ -115,9 +172,7 @@ def tree_attention(
     if lane_mask is not None:
         scores[..., length:].masked_fill_(lane_mask, -torch.inf)
     weights = scores.softmax(-1).to(query.dtype)
-    from_prefix = torch.matmul(weights[..., :length].reshape(heads, groups * width, length), view.prefix_values).view(
-        heads, groups, width, dim
-    )
+    from_prefix = view.prefix_sums(weights[..., :length])
     from_lanes = torch.matmul(weights[..., length:].permute(2, 0, 1, 3), lane_values)  # [width, heads, groups, dim]
     output = (from_prefix.permute(2, 0, 1, 3) + from_lanes).reshape(width, heads * groups, dim)
     if not step.dense:

@@ -15,7 +15,7 @@ import torch
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
 from dts.memory import first_line, is_out_of_memory
-from dts.models.attention import ATTENTION
+from dts.models.forest import lone
 from dts.models.rope import rope_limits
 from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.view import ModelView
@@ -54,8 +54,7 @@ def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.dev
     prompt, branches = ids[:PROMPT], (ids[PROMPT : PROMPT + TAIL], ids[PROMPT + TAIL :])
     view = make()
     prefix = prefill(view, prompt, device, chunk=PROMPT - 1)  # in two pieces, as a long prompt is
-    view.attend_with(ATTENTION)
-    tree = TreeSession(view, prefix, device=device, lanes=2, max_new_tokens=TAIL + 1)
+    tree = TreeSession(*lone(view, prefix, device=device, lanes=2, max_new_tokens=TAIL + 1))
     slots = [PROMPT_SLOT, PROMPT_SLOT]
     for step in range(TAIL):
         slots = tree.extend(slots, [branch[step] for branch in branches])
