@@ -156,6 +156,8 @@ class Source:
 
     def next(self) -> Task | tuple[int, Exception] | None:
         """The next prompt, or what is wrong with it; None after the last one."""
+        if self.ended:
+            return None
         try:
             prompt = next(self.prompts)
         except StopIteration:

@@ -33,22 +33,26 @@ class Room:
     def __init__(self, bound: int, token: int, prompts: int, width: int, lane_length: int) -> None:
         """bound: bytes. token: bytes of one token. prompts: trees at most."""
         self.width, self.lane_length = width, lane_length
-        lanes = token * width * lane_length  # of one tree
-        self.places = max(1, min(prompts, bound // 2 // lanes))
-        self._bound, self.token, self._lanes = bound, token, lanes
-        self._left = bound - self.places * lanes
-        self._share = self._left // self.places
+        self.token, self._bound, self._lanes = token, bound, token * width * lane_length  # of one tree
         self._charged: dict[int, int] = {}  # bytes by key
+        self._set_places(max(1, min(prompts, bound // 2 // self._lanes)))
+
+    def _set_places(self, places: int) -> None:
+        self.places, self._left = places, self._bound - places * self._lanes
+        self._share = max(self._left // (places + 1), 0)  # one is for the prompt that was closed last
 
     def take(self, key: int, prompt_tokens: int) -> int | None:
-        """Charge a prompt; returns the tokens of its archive, or None where it must wait."""
+        """Charge a prompt; returns the tokens of its archive, or None where it must wait. There may be fewer places
+        after it, if it was the only one."""
         prompt = self.token * prompt_tokens
-        charge = max(self._share, prompt)
         if not self._charged and prompt > self._left:
-            raise UsageError(
-                f"max_kv_bytes={self._bound} is too small: the prompt and {self.width} paths of {self.lane_length} "
-                f"tokens need {prompt + self.places * self._lanes}; raise it, or lower width or max_new_tokens"
-            )
+            self._set_places(max(1, (self._bound - prompt) // self._lanes))
+            if prompt > self._left:
+                raise UsageError(
+                    f"max_kv_bytes={self._bound} is too small: the prompt and {self.width} paths of {self.lane_length} "
+                    f"tokens need {prompt + self._lanes}; raise it, or lower width or max_new_tokens"
+                )
+        charge = max(self._share, prompt)
         if len(self._charged) == self.places or not self.fits(charge):
             return None
         self._charged[key] = charge
@@ -90,12 +94,14 @@ class TreeBatch:
     _plain: ModelView | None = None  # for prompts
 
     def __post_init__(self) -> None:
-        self._blocks = list(range(self.room.places))[::-1]  # free blocks of lanes
+        self._blocks = _blocks(self.room.places)  # free ones
 
     def admit(self, key: int, prompt_ids: Sequence[int]) -> bool:
         rows = self.room.take(key, len(prompt_ids))
         if rows is None:
             return False
+        if not self._prompts and len(self._blocks) != self.room.places:
+            self._forest, self._blocks = None, _blocks(self.room.places)
         if self._last is not None and not self.room.fits(self._last.stop * self.room.token):
             self._forget_last()
         width = self.room.width
@@ -195,3 +201,8 @@ class TreeBatch:
         usage.model_calls = prompt.sent.calls if prompt.sent else 0
         prompt.sent = None
         return session
+
+
+def _blocks(places: int) -> list[int]:
+    """Numbers of blocks of lanes, the first one last."""
+    return list(range(places))[::-1]
