@@ -5,9 +5,9 @@
     python benchmarks/many.py --profile         # where a step's time goes, SmolLM2
 
 many: `decode_many`, width 4, 64 paths in flight. wide: one search at width 64 with as many rollouts as all prompts
-together. one by one: `decode` at width 4 on each prompt. Figures are seconds per generated token, medians over
-repetitions; the implementations take turns within one repetition, and ratios are medians of ratios within repetitions.
-Prompts are random, lengths are fixed. Time grows with the tokens, so that ratios hold for other numbers of them.
+together. one by one: `decode` at width 4 on each prompt. prompts: the prompts of `many` alone, of which `wide` has one.
+Figures are CPU seconds of one thread per generated token, medians over repetitions; the implementations take turns
+within one repetition, and ratios are medians of ratios within repetitions. Prompts are random, lengths are fixed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import cProfile
 import json
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +60,10 @@ def wide(lm: HFModel, prompts: Sequence[list[int]], options: argparse.Namespace)
     )]  # fmt: skip
 
 
+def prompts_only(lm: HFModel, prompts: Sequence[list[int]], options: argparse.Namespace) -> list[Result]:
+    return list(dts.decode_many(lm, prompts, method=Sampling(1), max_new_tokens=1, width=options.width))
+
+
 def ragged(lm: HFModel, options: argparse.Namespace, seed: int) -> list[list[int]]:
     """Prompts whose lengths are spread evenly from the shortest to the longest."""
     shortest, longest = options.lengths
@@ -67,17 +72,25 @@ def ragged(lm: HFModel, options: argparse.Namespace, seed: int) -> list[list[int
 
 
 def searches(lm: HFModel, options: argparse.Namespace) -> None:
-    cases: dict[str, Callable[..., list[Result]]] = {"many": many, "wide": wide, "one by one": one_by_one}
+    cases: dict[str, Callable[..., list[Result]]] = {
+        "many": many, "prompts": prompts_only, "wide": wide, "one by one": one_by_one
+    }  # fmt: skip
     taken: dict[str, list[float]] = {name: [] for name in cases}
+    tokens = 1
     for repetition in range(options.repeats):
         prompts = ragged(lm, options, repetition)
         for name, run in cases.items():
-            start = time.perf_counter()
+            start = time.process_time()
             results = run(lm, prompts, options)
-            seconds = time.perf_counter() - start
-            taken[name].append(seconds / sum(result.usage.generated_tokens for result in results))
+            seconds = time.process_time() - start
+            if name != "prompts":
+                tokens = sum(result.usage.generated_tokens for result in results)
+            taken[name].append(seconds / tokens)
+            print(name, f"{seconds:.1f} s", tokens, file=sys.stderr, flush=True)
     for name, per_token in taken.items():
-        emit(options, name, ms_per_token=1e3 * statistics.median(per_token), many_to_this=ratio(taken["many"], per_token))
+        emit(
+            options, name, ms_per_token=1e3 * statistics.median(per_token), many_to_this=ratio(taken["many"], per_token)
+        )
 
 
 def tiny(options: argparse.Namespace) -> None:
@@ -93,7 +106,7 @@ def tiny(options: argparse.Namespace) -> None:
             prompts = ragged(lm, options, repetition)
             arguments: dict[str, Any] = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens}
             for name in taken:
-                start = time.perf_counter()
+                start = time.process_time()
                 if name == "decode_many":
                     list(dts.decode_many(lm, prompts, method=Sampling(8), batch_size=64, width=8, **arguments))
                 elif name == "generate":
@@ -102,7 +115,7 @@ def tiny(options: argparse.Namespace) -> None:
                     for ids in prompts:
                         dts.decode(lm, ids, method=Sampling(8), batch_size=8, **arguments)
                 if repetition:  # the first one warms up
-                    taken[name].append((time.perf_counter() - start) / (64 * options.tokens))
+                    taken[name].append((time.process_time() - start) / (64 * options.tokens))
         for name, per_token in taken.items():
             emit(options, f"tiny {name}", ms_per_token=1e3 * statistics.median(per_token),
                  many_to_this=ratio(taken["decode_many"], per_token))  # fmt: skip

@@ -122,7 +122,9 @@ def _scorers(reward: Any, prompts: Any) -> Reward | list[Reward]:
     if not isinstance(reward, (list, tuple)):
         return as_scorer(reward)
     if isinstance(prompts, Sized) and len(prompts) != len(reward):
-        raise UsageError(f"reward has {len(reward)} entries for {len(prompts)} prompts; give one for each, or one for all")
+        raise UsageError(
+            f"reward has {len(reward)} entries for {len(prompts)} prompts; give one for each, or one for all"
+        )
     return [as_scorer(one) for one in reward]
 
 
@@ -254,9 +256,12 @@ def _results(
 ) -> Generator[Any, None, None]:
     """What `decode_many` yields."""
     turns = Turns(AHEAD * engine.prompts)
-    with bar() as shown_bar, contextlib.closing(
-        _outcomes(source, engine, turns.may_take if not as_completed else lambda index: True, shown_bar)
-    ) as outcomes:
+    with (
+        bar() as shown_bar,
+        contextlib.closing(
+            _outcomes(source, engine, turns.may_take if not as_completed else lambda index: True, shown_bar)
+        ) as outcomes,
+    ):
         for index, outcome in outcomes:
             shown_bar.update()
             if isinstance(outcome, Exception):

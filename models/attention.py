@@ -84,13 +84,14 @@ class Step:
         prefix_position = torch.arange(self.prefix_length, device=device)[None]
         lane_mask = lane_position >= length
         prefix_mask = prefix_position >= behind if min(prefixes) < self.prefix_length else None
-        windowed = window is not None and self.prefix_length + self.span > window
-        if windowed:
+        ragged = min(lengths) < self.span
+        if window is not None and self.prefix_length + self.span > window:
             first_seen = behind + length - window  # a query at the lane's last position sees from here on
             outside = prefix_position < first_seen
             prefix_mask = outside if prefix_mask is None else prefix_mask | outside
             lane_mask = lane_mask | (lane_position + behind < first_seen)
-        return prefix_mask, lane_mask if windowed or min(lengths) < self.span else None
+            ragged = True
+        return prefix_mask, lane_mask if ragged else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,9 +152,7 @@ class TreeBatch:
     def _send(self, prompt: _Prompt, tokens: int) -> int:
         """Send up to so many tokens of a prompt; opens its session once it is through. Returns how many went."""
         if self.lm.grows_with_length(len(prompt.ids), self.max_new_tokens):
-            prompt.session = self.lm.open(
-                prompt.ids, batch_size=self.room.width, max_new_tokens=self.max_new_tokens
-            )
+            prompt.session = self.lm.open(prompt.ids, batch_size=self.room.width, max_new_tokens=self.max_new_tokens)
             return len(prompt.ids)
         if prompt.sent is None:
             self._begin(prompt)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -25,7 +26,7 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

@@ -39,7 +39,8 @@ class TreeSession:
         self.usage = Usage(prompt_tokens=prompt.stop)
         self.cache = TreeCache(prompt.stop, forest.lanes, place.first, place.count, place.archive_rows)
         self._unheard: set[int] = set()  # slots whose hidden state was given up by `close`
-        self._fresh: dict[int, torch.Tensor] = {}  # logits [V] that the last forward call of many trees gave
+        self._fresh_row: dict[int, int] = {}  # by slot: its row in what the last forward call of many trees gave
+        self._fresh = torch.empty(0)  # logits, [B, V]
         self._settle(prompt)
 
     def _settle(self, prompt: Segment) -> None:
@@ -66,7 +67,7 @@ class TreeSession:
             self.cache.clear()
             self._forest = self.prompt = None
             self._hidden = self._hidden[:0]
-            self._fresh.clear()
+            self._drop_logits()
             self._unheard = set(range(1, len(self.cache)))
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
@@ -74,8 +75,9 @@ class TreeSession:
 
     @torch.inference_mode()
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
-        if all(slot in self._fresh for slot in slots):
-            return torch.stack([self._fresh[slot] for slot in slots])
+        if all(slot in self._fresh_row for slot in slots):
+            rows = [self._fresh_row[slot] for slot in slots]
+            return self._fresh.index_select(0, torch.tensor(rows, device=self._fresh.device))
         forest = self.forest
         for slot in slots:
             while slot in self._unheard:
@@ -86,7 +88,7 @@ class TreeSession:
 
     def keep(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
         """Last hidden states [B, H] of slots that went through the model in one call."""
-        self._fresh.clear()
+        self._drop_logits()
         while max(slots) >= len(self._hidden):
             self._hidden = torch.cat([self._hidden, torch.zeros_like(self._hidden)])
         self._hidden[torch.tensor(list(slots), device=self._hidden.device)] = hidden
@@ -97,7 +99,10 @@ class TreeSession:
 
     def keep_logits(self, slots: Sequence[int], logits: torch.Tensor) -> None:
         """Logits [B, V] of slots, until the next forward call."""
-        self._fresh.update(zip(slots, logits, strict=True))
+        self._fresh_row, self._fresh = {slot: row for row, slot in enumerate(slots)}, logits
+
+    def _drop_logits(self) -> None:
+        self._fresh_row, self._fresh = {}, torch.empty(0)
 
     def _note_memory(self) -> None:
         prompt = sum(segment.held.nbytes for segment in self.prompt.chain()) if self.prompt else 0

@@ -39,11 +39,7 @@ class Lanes:
         self.count, self._max_length = count, max_length
         length = min(FIRST_LANE_LENGTH, max_length)
         self.columns = [tensor.new_zeros(count, tensor.shape[0], length, tensor.shape[2]) for tensor in like]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, unused capacity included."""
-        return sum(column.nbytes for column in self.columns)
+        self.nbytes = sum(column.nbytes for column in self.columns)  # held, unused capacity included
 
     def make_room(self, length: int) -> None:
         """Let every lane hold `length` tokens."""
@@ -53,6 +49,7 @@ class Lanes:
                 grown = old.new_zeros(count, heads, min(max(2 * held, length), self._max_length), dim)
                 grown[:, :, :held] = old
                 self.columns[index] = grown
+                self.nbytes += grown.nbytes - old.nbytes
 
 
 class StepCache(Cache):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dts.lm import Batch, LanguageModel, Session
 from dts.results import Result
@@ -148,7 +149,7 @@ class OneByOne:
 
     def __init__(self, lm: LanguageModel, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None):
         self._lm, self._prompts = lm, prompts
-        self._options = {
+        self._options: dict[str, Any] = {
             "batch_size": width,
             "max_new_tokens": max_new_tokens,
             "max_kv_bytes": None if max_kv_bytes is None else max_kv_bytes // prompts,
