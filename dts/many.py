@@ -72,11 +72,11 @@ def decode_many(
     Closing the generator frees everything. Raises what `decode` raises, with the index of the prompt, after the results
     of the prompts before it; `UsageError` for no prompts at all, or for another number of rewards.
     """
+    batch_size, width = _check_sizes(batch_size, width)
     settings = Decoding(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor
     )
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
-    batch_size = _check_sizes(settings.batch_size or 1, batch_size)
     _check_choices(prompts, errors, total_budget)
     source = Source(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
@@ -94,14 +94,15 @@ def decode_many(
     )
 
 
-def _check_sizes(width: int, batch_size: int) -> int:
+def _check_sizes(batch_size: int, width: int) -> tuple[int, int]:
     batch_size = check_whole("batch_size", batch_size, 1, allowed="a whole number >= 1")
+    width = check_whole("width", width, 1, allowed="a whole number >= 1")
     if width > batch_size:
         raise UsageError(
             f"width={width} is larger than batch_size={batch_size}, the paths of all prompts together; "
             "lower width or raise batch_size"
         )
-    return batch_size
+    return batch_size, width
 
 
 def _check_choices(prompts: Any, errors: Any, total_budget: Any) -> None:

@@ -41,7 +41,6 @@ class Step:
         self.width = lanes[-1] + 1 - self.first  # lanes that take part; idle ones among them are computed and dropped
         self.span = max(lengths)  # lane positions that take part
         self.dense = self.width == len(lanes)
-        self.single = len(spans) == 1 and len(spans[0].lanes) == self.width  # one prompt, and every lane is behind it
         self._tensors: dict[tuple[str, torch.device, int | None], Any] = {}
 
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,31 +103,27 @@ class LayerView:
     lane_values: torch.Tensor
     step: Step
 
-    def prefix_scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """Products of queries, [heads, groups, width, dim], with the keys of their prompts: [heads, groups, width, P].
-        0 after the end of a shorter prompt."""
-        heads, groups, width, dim = rows.shape
-        if self.step.single:
-            flat = torch.matmul(rows.reshape(heads, groups * width, dim), self.prefix_keys[0].transpose(1, 2))
-            return flat.reshape(heads, groups, width, -1)
-        scores = rows.new_zeros(heads, groups, width, self.step.prefix_length)
+    def score_prefixes(self, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        """Write products of queries [heads, width, groups, dim] with the keys of their prompts to `scores`
+        [heads, width, groups, P], up to the end of each prompt."""
+        heads, _, groups, dim = rows.shape
         readers = self.step.readers(rows.device)
         for span, part, keys in zip(self.step.spans, readers, self.prefix_keys, strict=True):
-            products = torch.matmul(rows[:, :, part].reshape(heads, -1, dim), keys.transpose(1, 2))
-            scores[:, :, part, span.start : span.stop] = products.view(heads, groups, -1, keys.shape[1])
-        return scores
+            products = torch.matmul(rows[:, part].reshape(heads, -1, dim), keys.transpose(1, 2))
+            scores[:, part, :, span.start : span.stop] = products.view(heads, -1, groups, keys.shape[1])
 
-    def prefix_sums(self, weights: torch.Tensor) -> torch.Tensor:
-        """Sums of the prompts' values with weights [heads, groups, width, P]: [heads, groups, width, dim]."""
-        heads, groups, width, length = weights.shape
-        if self.step.single:
-            flat = torch.matmul(weights.reshape(heads, groups * width, length), self.prefix_values[0])
-            return flat.view(heads, groups, width, -1)
-        sums = weights.new_zeros(heads, groups, width, self.lane_values.shape[-1])
+    def sum_prefixes(self, weights: torch.Tensor) -> torch.Tensor:
+        """Sums of the prompts' values with weights [heads, width, groups, P]: [heads, width, groups, dim]."""
+        heads, width, groups, _ = weights.shape
+        sums = weights.new_zeros(heads, width, groups, self.lane_values.shape[-1])
         readers = self.step.readers(weights.device)
         for span, part, values in zip(self.step.spans, readers, self.prefix_values, strict=True):
-            picked = weights[:, :, part, span.start : span.stop].reshape(heads, -1, values.shape[1])
-            sums[:, :, part] += torch.matmul(picked, values).view(heads, groups, -1, values.shape[2])
+            picked = weights[:, part, :, span.start : span.stop].reshape(heads, -1, values.shape[1])  # a view of a slice
+            summed = torch.matmul(picked, values).view(heads, -1, groups, values.shape[2])
+            if isinstance(part, slice):
+                sums[:, part].add_(summed)
+            else:
+                sums.index_add_(1, part, summed)
         return sums
 
 
@@ -150,32 +145,32 @@ def tree_attention(
     """
     step, view = key.step, key
     _, heads, _, dim = view.lane_keys.shape
-    groups, width, span = query.shape[1] // heads, step.width, step.span
+    groups, width, span, length = query.shape[1] // heads, step.width, step.span, step.prefix_length
     rows = query[0]  # [query heads, B, dim]
     if not step.dense:
         lanes, _ = step.indices(query.device)
         lanes = lanes - step.first
         rows = query.new_zeros(query.shape[1], width, dim).index_copy_(1, lanes, rows)
     scale = dim**-0.5 if scaling is None else scaling
-    rows = (rows * scale).reshape(heads, groups, width, dim)
+    # By lanes and then by the queries of a head, so that those of one prompt are a matrix, without a copy.
+    rows = (rows * scale).reshape(heads, groups, width, dim).transpose(1, 2).contiguous()
     part = slice(step.first, step.first + width)
     lane_keys, lane_values = view.lane_keys[part, :, :span], view.lane_values[part, :, :span]
 
-    over_prefix = view.prefix_scores(rows)  # [heads, groups, width, P]
-    over_lanes = torch.matmul(rows.permute(2, 0, 1, 3), lane_keys.transpose(2, 3))  # [width, heads, groups, span]
-    length = step.prefix_length
-    scores = torch.cat([over_prefix, over_lanes.permute(1, 2, 0, 3)], dim=-1).float()
+    scores = rows.new_zeros(heads, width, groups, length + span, dtype=torch.float32)
+    view.score_prefixes(rows, scores[..., :length])
+    scores[..., length:] = torch.matmul(rows.transpose(0, 1), lane_keys.transpose(2, 3)).transpose(0, 1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     prefix_mask, lane_mask = step.hidden_keys(query.device, sliding_window)
     if prefix_mask is not None:
-        scores[..., :length].masked_fill_(prefix_mask, -torch.inf)
+        scores[..., :length].masked_fill_(prefix_mask[:, None], -torch.inf)
     if lane_mask is not None:
-        scores[..., length:].masked_fill_(lane_mask, -torch.inf)
+        scores[..., length:].masked_fill_(lane_mask[:, None], -torch.inf)
     weights = scores.softmax(-1).to(query.dtype)
-    from_prefix = view.prefix_sums(weights[..., :length])
-    from_lanes = torch.matmul(weights[..., length:].permute(2, 0, 1, 3), lane_values)  # [width, heads, groups, dim]
-    output = (from_prefix.permute(2, 0, 1, 3) + from_lanes).reshape(width, heads * groups, dim)
+    from_prefix = view.sum_prefixes(weights[..., :length])
+    from_lanes = torch.matmul(weights[..., length:].transpose(0, 1), lane_values)  # [width, heads, groups, dim]
+    output = (from_prefix.transpose(0, 1) + from_lanes).reshape(width, heads * groups, dim)
     if not step.dense:
         output = output.index_select(0, lanes)
     return output[None].contiguous(), None  # some families take a view of it

@@ -145,6 +145,28 @@ def test_stops_and_processors_with_a_state_are_each_prompts_own(processor):
     assert any(c.finished_by == "stop" for r in many for c in r.completions)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [
+    (torch.float64, 2e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.25),
+])  # fmt: skip
+def test_log_probabilities_do_not_depend_on_the_batch(dtype, tolerance):
+    lm, rng = HFModel(random_model("llama").to(dtype), ByteTokenizer()), random.Random(0)
+    prompts = ragged(8, head=9)
+    batch = lm.batch(prompts=8, width=3, max_new_tokens=10)
+    assert all(batch.admit(key, prompt) for key, prompt in enumerate(prompts))
+    sessions = [session for _, session in batch.advance(1000)]
+    alone = [lm.open(prompt, batch_size=3, max_new_tokens=10) for prompt in prompts]
+    slots, errors = [[0, 0, 0]] * 8, []
+    for _ in range(9):
+        tokens = [rng.sample(range(5, 250), 3) for _ in prompts]
+        requests = list(zip(sessions, slots, tokens, strict=True))
+        slots = batch.extend(requests)
+        assert [one.extend(*rest) for one, (_, *rest) in zip(alone, requests, strict=True)] == slots
+        for pair in zip(sessions, alone, slots, strict=True):
+            one, other = (session.logits(pair[2]).double().log_softmax(-1) for session in pair[:2])
+            errors.append((one - other).abs().max().item())
+    assert max(errors) <= tolerance
+
+
 # Order and laziness -------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +298,7 @@ def test_prompts_that_raise_are_named_after_the_results_before_them():
     ({"reward": [letters]}, "reward has 1 entries for 2 prompts"),
     ({"reward": [letters] * 3}, "reward has 3 entries for 2 prompts"),
     ({"width": 5, "batch_size": 4}, "width=5 is larger than batch_size=4"),
-    ({"width": 0}, "0 is not allowed"),
+    ({"width": 0}, "width=0 is not allowed"),
     ({"batch_size": 2.5}, "batch_size=2.5"),
     ({"errors": "ignore"}, "errors='ignore'"),
     ({"total_budget": 5}, "total_budget=5"),
