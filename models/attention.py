@@ -110,7 +110,7 @@ class LayerView:
         readers = self.step.readers(rows.device)
         for span, part, keys in zip(self.step.spans, readers, self.prefix_keys, strict=True):
             products = torch.matmul(rows[:, part].reshape(heads, -1, dim), keys.transpose(1, 2))
-            scores[:, part, :, span.start : span.stop] = products.view(heads, -1, groups, keys.shape[1])
+            scores[:, part, :, span.start : span.stop] = products.view(heads, -1, groups, keys.shape[1]).float()
 
     def sum_prefixes(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums of the prompts' values with weights [heads, width, groups, P]: [heads, width, groups, dim]."""
@@ -118,7 +118,9 @@ class LayerView:
         sums = weights.new_zeros(heads, width, groups, self.lane_values.shape[-1])
         readers = self.step.readers(weights.device)
         for span, part, values in zip(self.step.spans, readers, self.prefix_values, strict=True):
-            picked = weights[:, part, :, span.start : span.stop].reshape(heads, -1, values.shape[1])  # a view of a slice
+            picked = weights[:, part, :, span.start : span.stop].reshape(
+                heads, -1, values.shape[1]
+            )  # a view of a slice
             summed = torch.matmul(picked, values).view(heads, -1, groups, values.shape[2])
             if isinstance(part, slice):
                 sums[:, part].add_(summed)

@@ -76,8 +76,7 @@ class TreeSession:
     @torch.inference_mode()
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         if all(slot in self._fresh_row for slot in slots):
-            rows = [self._fresh_row[slot] for slot in slots]
-            return self._fresh.index_select(0, torch.tensor(rows, device=self._fresh.device))
+            return self._fresh[_index([self._fresh_row[slot] for slot in slots], self._fresh.device)].clone()
         forest = self.forest
         for slot in slots:
             while slot in self._unheard:
@@ -91,7 +90,7 @@ class TreeSession:
         self._drop_logits()
         while max(slots) >= len(self._hidden):
             self._hidden = torch.cat([self._hidden, torch.zeros_like(self._hidden)])
-        self._hidden[torch.tensor(list(slots), device=self._hidden.device)] = hidden
+        self._hidden[_index(slots, self._hidden.device)] = hidden
         self._unheard.difference_update(slots)
         self.usage.forwarded_tokens += len(slots)
         self.usage.model_calls += 1
@@ -108,6 +107,13 @@ class TreeSession:
         prompt = sum(segment.held.nbytes for segment in self.prompt.chain()) if self.prompt else 0
         self.usage.kv_bytes = max(self.usage.kv_bytes, prompt + self.cache.bytes() + self._hidden.nbytes)
         self.usage.kv_tokens = max(self.usage.kv_tokens, self.cache.held_tokens())
+
+
+def _index(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Rows of a tensor: without another tensor where they follow each other, which is usual."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(list(rows), device=device)
 
 
 class RecomputeSession:
