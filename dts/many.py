@@ -82,16 +82,14 @@ def decode_many(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
         chat_template_kwargs, on_rollout,
     )  # fmt: skip
-    engine = Engine(lm, method, batch_size // source.width, source.width, settings.max_new_tokens, max_kv_bytes,
-                    total_budget)  # fmt: skip
-    count = len(prompts) if isinstance(prompts, Sized) else None
-    return _results(
-        source,
-        engine,
-        lambda: tqdm(total=count, unit="prompt", disable=not progress),
-        as_completed=as_completed,
-        keep_errors=errors == "return",
-    )
+    engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
+    bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
+    return _results(source, engine, bar, as_completed=as_completed, keep_errors=errors == "return")
+
+
+def _bar(count: int | None, progress: bool) -> Callable[[], tqdm[Any]]:
+    """A progress bar, shown once the first result is asked for."""
+    return lambda: tqdm(total=count, unit="prompt", disable=not progress)
 
 
 def _check_sizes(batch_size: int, width: int) -> tuple[int, int]:

@@ -109,8 +109,8 @@ class LayerView:
         heads, _, groups, dim = rows.shape
         readers = self.step.readers(rows.device)
         for span, part, keys in zip(self.step.spans, readers, self.prefix_keys, strict=True):
-            products = torch.matmul(rows[:, part].reshape(heads, -1, dim), keys.transpose(1, 2))
-            scores[:, part, :, span.start : span.stop] = products.view(heads, -1, groups, keys.shape[1]).float()
+            products = torch.matmul(rows[:, part].reshape(heads, -1, dim), keys.transpose(1, 2)).float()
+            scores[:, part, :, span.start : span.stop] = products.view(heads, -1, groups, keys.shape[1])
 
     def sum_prefixes(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums of the prompts' values with weights [heads, width, groups, P]: [heads, width, groups, dim]."""
