@@ -65,13 +65,13 @@ def decode(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor
     )
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
-    _check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
-    scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
-    prompt_ids = _encoded(lm, prompt, chat_template_kwargs)
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
+    scorer = as_scorer(reward)
+    prompt_ids = encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
     width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
     context = Context(prompt, tuple(prompt_ids), lm.decode)
-    limits = _tightest(method.budget(), budget)
+    limits = tightest(method.budget(), budget)
     with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
         return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
@@ -90,7 +90,7 @@ def _memory_named(prompt_tokens: int, paths: int) -> Iterator[None]:
         ) from error
 
 
-def _check_arguments(
+def check_arguments(
     lm: Any, method: Any, max_kv_bytes: int | None, budget: Budget | None, on_rollout: Callable[..., Any] | None
 ) -> None:
     """Raise `UsageError` for an argument of another kind than `decode` takes."""
@@ -108,7 +108,13 @@ def _check_arguments(
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
 
 
-def _encoded(lm: LanguageModel, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
+def as_scorer(reward: Reward | Callable[..., Any] | None) -> Reward:
+    """A reward object; for None one that gives 0 to everything."""
+    return as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
+
+
+def encoded(lm: LanguageModel, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Prompt ids."""
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
         raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)} is not allowed; give a dict or None")
     return lm.encode(prompt, chat_template_kwargs) if chat_template_kwargs else lm.encode(prompt)
@@ -130,7 +136,7 @@ def _nothing(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
     return [0.0] * len(finished)
 
 
-def _tightest(own: Budget, given: Budget | None) -> Budget:
+def tightest(own: Budget, given: Budget | None) -> Budget:
     """The smaller of two limits, field by field."""
     if given is None:
         return own

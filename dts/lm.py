@@ -30,6 +30,27 @@ class Session(Protocol):
         """Next-token logits after these slots, [len(slots), vocab]."""
 
 
+class Batch(Protocol):
+    """Sessions of many prompts whose paths go through the model together.
+
+    A model that has a method `batch(*, prompts, width, max_new_tokens, max_kv_bytes) -> Batch | None` serves
+    `decode_many` with it; other models open one session after another.
+    """
+
+    def admit(self, key: int, prompt_ids: Sequence[int]) -> bool:
+        """Take a prompt in; False where it must wait for memory. Raises `UsageError` where it can never fit."""
+
+    def advance(self, tokens: int) -> list[tuple[int, Session | Exception]]:
+        """Send about so many tokens of admitted prompts through the model. Returns the keys of the prompts that are
+        through, with their sessions or with what went wrong."""
+
+    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+        """`Session.extend` of several sessions, all in one call."""
+
+    def close(self, key: int) -> None:
+        """Give up what a prompt holds. Its session still works: what it lacks is recomputed, and counted."""
+
+
 class LanguageModel(Protocol):
     """A causal language model with its tokenizer."""
 

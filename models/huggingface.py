@@ -14,13 +14,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dts.errors import UsageError
+from dts.lm import Batch
+from dts.models.batch import Room, TreeBatch
+from dts.models.forest import Forest, Place, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
+from dts.models.prefixes import Prefix, Segment
 from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, tree_problem
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
-from dts.models.treecache import Prefix
 from dts.models.view import ModelView, core_of
 from dts.models.vocabulary import unknown_ids
 from dts.rewards import Prompt
@@ -153,20 +156,11 @@ class HFModel:
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
     ) -> TreeSession | RecomputeSession:
         problem = self._tree_problem() or self._rope_problem(len(prompt_ids), max_new_tokens)
-        unknown = self._unknown_ids()
         if problem is not None:
             self._warn(problem)
-            return RecomputeSession(self.view, prompt_ids, self.device, unknown)
-        view, kept = self.view(), self._prefixes.get(tuple(prompt_ids))
-        session = TreeSession(
-            view,
-            kept or self._prefill(view, prompt_ids),
-            device=self.device,
-            lanes=batch_size,
-            max_new_tokens=max_new_tokens,
-            max_kv_bytes=max_kv_bytes,
-            unknown=unknown,
-        )
+            return RecomputeSession(self.view, prompt_ids, self.device, self.unknown_ids())
+        kept = self.kept(prompt_ids)
+        session = TreeSession(*self.alone(prompt_ids, batch_size, max_new_tokens, max_kv_bytes))
         usage = session.usage
         if kept is not None:
             usage.cached_tokens = len(prompt_ids)
@@ -174,6 +168,37 @@ class HFModel:
             usage.forwarded_tokens = usage.unique_tokens = len(prompt_ids)
             usage.model_calls = -(-len(prompt_ids) // self._prefill_chunk(len(prompt_ids)))
         return session
+
+    def alone(
+        self, prompt_ids: Sequence[int], lanes: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> tuple[Forest, Segment, Place]:
+        """A forest for this prompt only, which went through the model."""
+        view = self.view()
+        return lone(
+            view,
+            self.kept(prompt_ids) or self._prefill(view, prompt_ids),
+            device=self.device,
+            lanes=lanes,
+            max_new_tokens=max_new_tokens,
+            max_kv_bytes=max_kv_bytes,
+            unknown=self.unknown_ids(),
+        )
+
+    def kept(self, prompt_ids: Sequence[int]) -> Prefix | None:
+        """What `prefix` prefilled, while the caller holds it."""
+        return self._prefixes.get(tuple(prompt_ids))
+
+    def batch(self, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None = None) -> Batch | None:
+        """Sessions of up to `prompts` prompts in one batch; None for a model that the tree cache cannot serve."""
+        if self._tree_problem() is not None:
+            return None
+        token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
+        bound = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
+        return TreeBatch(self, Room(bound, token, prompts, width, lane_length(max_new_tokens)), max_new_tokens)
+
+    def grows_with_length(self, prompt_tokens: int, max_new_tokens: int) -> bool:
+        """Whether positions get other frequencies within these lengths, which neighbours in a batch would share."""
+        return any(limit.crossed(1, prompt_tokens + max_new_tokens) for limit in self._rope_limits())
 
     def _tree_problem(self) -> str | None:
         """Why the tree cache cannot serve this architecture. Raises `UsageError` where nothing can."""
@@ -193,7 +218,7 @@ class HFModel:
         longest = prompt_tokens + max_new_tokens - 1
         return next((str(limit) for limit in self._rope_limits() if limit.crossed(prompt_tokens, longest)), None)
 
-    def _unknown_ids(self) -> torch.Tensor | None:
+    def unknown_ids(self) -> torch.Tensor | None:
         """Ids of probability 0, found once for a model; None where there are none."""
         with self._lock:
             if not self._knows_vocabulary and not self._allow_unknown_ids:

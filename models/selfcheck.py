@@ -15,7 +15,8 @@ import torch
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
 from dts.memory import first_line, is_out_of_memory
-from dts.models.attention import ATTENTION
+from dts.models.forest import Forest, Place
+from dts.models.prefixes import Segment
 from dts.models.rope import rope_limits
 from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.view import ModelView
@@ -51,16 +52,20 @@ def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.d
 
 
 def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.device) -> str | None:
-    prompt, branches = ids[:PROMPT], (ids[PROMPT : PROMPT + TAIL], ids[PROMPT + TAIL :])
+    """Two branches after one prompt and, in the same calls, one after a shorter prompt."""
+    branches = ids[PROMPT : PROMPT + TAIL], ids[PROMPT + TAIL :]
+    paths = [(ids[:PROMPT], branches[0]), (ids[:PROMPT], branches[1]), (ids[: PROMPT - 1], branches[0])]
+    direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])
     view = make()
-    prefix = prefill(view, prompt, device, chunk=PROMPT - 1)  # in two pieces, as a long prompt is
-    view.attend_with(ATTENTION)
-    tree = TreeSession(view, prefix, device=device, lanes=2, max_new_tokens=TAIL + 1)
-    slots = [PROMPT_SLOT, PROMPT_SLOT]
-    for step in range(TAIL):
-        slots = tree.extend(slots, [branch[step] for branch in branches])
-    direct = torch.cat([whole_logits(make(), [*prompt, *branch], device)[:, -1] for branch in branches])
-    error = (tree.logits(slots).float() - direct.float()).abs().max().item()
+    long, short = (prefill(view, prompt, device, chunk=PROMPT - 1) for prompt, _ in paths[1:])  # one in two pieces
+    forest = Forest(view, long, device=device, lanes=3, max_length=TAIL)
+    two, one = (TreeSession(forest, Segment(prefix), Place(first, count, None))
+                for prefix, first, count in [(long, 0, 2), (short, 2, 1)])  # fmt: skip
+    slots = [[PROMPT_SLOT, PROMPT_SLOT], [PROMPT_SLOT]]
+    for tokens in zip(*(tail for _, tail in paths), strict=True):
+        slots = forest.extend([(two, slots[0], tokens[:2]), (one, slots[1], tokens[2:])])
+    tree = torch.cat([two.logits(slots[0]), one.logits(slots[1])])
+    error = (tree.float() - direct.float()).abs().max().item()
     return None if error <= tolerance(direct) else f"its logits differ by {error:.3g}"
 
 

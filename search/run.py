@@ -21,4 +21,5 @@ def conclude(search: Search, outcome: Outcome, name: str) -> Result:
     """The result of a search, by what its run made of it."""
     search.usage.seconds = search.seconds
     completions = [search.completion(leaf) for leaf in outcome.ranked]
+    search.forget()
     return Result(completions, search.rollouts, search.usage, search.tree, name, outcome.cut_short, outcome.estimate)

@@ -57,11 +57,22 @@ class Search:
 
     def evaluate(self, nodes: Sequence[int]) -> None:
         """Forward `nodes`, all in one call: each is a token whose parent was evaluated."""
+        self.place(nodes, self.session.extend(*self.edges(nodes)))
+
+    def edges(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What `Session.extend` needs to forward `nodes`: parents' slots and tokens."""
         tree = self.tree
-        slots = self.session.extend([tree.slot[tree.parent[n]] for n in nodes], [tree.token[n] for n in nodes])
+        return [tree.slot[tree.parent[n]] for n in nodes], [tree.token[n] for n in nodes]
+
+    def place(self, nodes: Sequence[int], slots: Sequence[int]) -> None:
+        """`nodes` went through the model and are held in these slots."""
         for node, slot in zip(nodes, slots, strict=True):
-            tree.slot[node] = slot
+            self.tree.slot[node] = slot
         self.usage.unique_tokens += len(nodes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what is kept between two forward calls."""
         self._rows.clear()
         self._ahead.clear()
 
