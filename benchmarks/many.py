@@ -133,7 +133,7 @@ def padded(lm: HFModel, prompts: Sequence[list[int]], tokens: int) -> None:
 
 PARTS = {  # of the time; each holds what is called inside it
     "steps": ("models/forest.py", "_forward_all"), "attention": ("models/attention.py", "tree_attention"),
-    "head": ("models/view.py", "head"), "prompts": ("models/sessions.py", "send"),
+    "head": ("models/view.py", "head"), "prefill": ("models/sessions.py", "send"),
     "p": ("dts/settings.py", "probabilities"), "draw": ("search/search.py", "draw"), "ask": ("search/method.py", "ask"),
 }  # fmt: skip
 
