@@ -1,7 +1,7 @@
 """What a search needs from a language model, and nothing more.
 
 A `LanguageModel` turns prompts into ids and opens a `Session` per prompt. A session is a key/value cache shaped
-like the tree: slot 0 is the prompt, `extend` puts one more token behind given slots, `logits` reads the next-token
+like the tree: slot 0 is the prompt, `extend` adds one more token after given slots, `logits` reads the next-token
 logits of any slot that is still held.
 """
 
@@ -24,7 +24,7 @@ class Session(Protocol):
     usage: Usage  # counted at the model's forward calls
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Forward one token behind each parent slot, all in one call. (parent, token) pairs are distinct."""
+        """Forward one token after each parent slot, all in one call. (parent, token) pairs are distinct."""
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         """Next-token logits after these slots, [len(slots), vocab]."""

@@ -1,7 +1,7 @@
 """Attention of many paths over the prompts they share and, each, over its own tokens: what a forest hands to a model.
 
 Nothing but a path's own ancestors is read, and keys and values are never repeated for grouped heads. A stretch of a
-prompt is read once for all paths behind it, also of several prompts.
+prompt is read once for all paths after it, also of several prompts.
 """
 
 from __future__ import annotations

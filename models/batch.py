@@ -6,21 +6,39 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from dts.errors import UsageError
 from dts.lm import Session
 from dts.models.forest import Forest, Place
-from dts.models.prefixes import Prefixes, Segment
+from dts.models.prefixes import Prefix, Prefixes, Segment
 from dts.models.sessions import Prefill, TreeSession
-from dts.models.view import ModelView
-
-if TYPE_CHECKING:
-    from dts.models.huggingface import HFModel
+from dts.models.view import ModelView, Viewable
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # prompt tokens per forward call at most
+
+
+class Served(Viewable, Protocol):
+    """What a batch needs of its model: `dts.models.huggingface.HFModel`."""
+
+    def grows_with_length(self, prompt_tokens: int, max_new_tokens: int) -> bool:
+        """Whether positions get other frequencies within these lengths, which neighbours in a batch would share."""
+
+    def kept(self, prompt_ids: Sequence[int]) -> Prefix | None:
+        """What the caller prefilled and holds."""
+
+    def unknown_ids(self) -> torch.Tensor | None:
+        """Ids of probability 0."""
+
+    def open(self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int) -> Session:
+        """A session of its own."""
+
+    def alone(self, prompt_ids: Sequence[int], lanes: int, max_new_tokens: int) -> tuple[Forest, Segment, Place]:
+        """A forest for one prompt only, which went through the model."""
 
 
 class Room:
@@ -83,7 +101,7 @@ class _Prompt:
 class TreeBatch:
     """`dts.lm.Batch` of a Hugging Face model that the tree cache serves."""
 
-    lm: HFModel
+    lm: Served
     room: Room
     max_new_tokens: int
     _waiting: deque[_Prompt] = field(default_factory=deque)

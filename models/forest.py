@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,15 +13,31 @@ from dts.errors import UnavailableError, UsageError
 from dts.memory import REMEDY, first_line, is_out_of_memory, release
 from dts.models.attention import ATTENTION, Span, Step
 from dts.models.prefixes import Prefix, Segment
-from dts.models.sessions import TreeSession, without
-from dts.models.treecache import Lanes, StepCache
+from dts.models.treecache import Lanes, StepCache, TreeCache
 from dts.models.view import ModelView
+from dts.models.vocabulary import without
+from dts.results import Usage
 
 log = logging.getLogger(__name__)
 
-Left = list[tuple[TreeSession, list[int]]]
-Request = tuple[TreeSession, Sequence[int], Sequence[int]]  # a tree, and the parents and tokens of its new slots
-Part = tuple[TreeSession, list[int], list[int]]  # a tree, slots to forward, slots whose lanes must stay
+
+class Grown(Protocol):
+    """What a forest needs of each of its trees: `dts.models.sessions.TreeSession`."""
+
+    cache: TreeCache
+    usage: Usage
+    prompt: Segment | None  # its last part
+
+    def keep(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
+        """Last hidden states [B, H] of slots that went through the model in one call."""
+
+    def keep_logits(self, slots: Sequence[int], logits: torch.Tensor) -> None:
+        """Logits [B, V] of slots, until the next forward call."""
+
+
+Left = list[tuple[Grown, list[int]]]
+Request = tuple[Grown, Sequence[int], Sequence[int]]  # a tree, and the parents and tokens of its new slots
+Part = tuple[Grown, list[int], list[int]]  # a tree, slots to forward, slots whose lanes must stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +86,7 @@ class Forest:
                 left = later
         return slots
 
-    def recompute(self, tree: TreeSession, slots: Sequence[int], reserved: Sequence[int]) -> None:
+    def recompute(self, tree: Grown, slots: Sequence[int], reserved: Sequence[int]) -> None:
         """Send slots again that had been given up; lanes that hold a slot of `reserved` stay."""
         if self._forward([(tree, list(slots), list(reserved))]):
             tree.usage.recomputed_tokens += len(slots)
@@ -96,7 +113,7 @@ class Forest:
         if rows == 1:
             raise UnavailableError(f"out of memory with one path at a time ({first_line(error)}); {REMEDY}") from error
         self._at_once = rows // 2
-        log.warning("out of memory with %d paths in one call: going on with %d (%s)", rows, self._at_once,
+        log.warning("out of memory with %d paths in one call: continuing with %d (%s)", rows, self._at_once,
                     first_line(error))  # fmt: skip
 
     @torch.inference_mode()
@@ -148,7 +165,7 @@ def _first(left: Left, rows: int) -> tuple[list[Part], Left]:
     return now, later
 
 
-def _step(begun: Sequence[tuple[TreeSession, list[int], list[int]]]) -> tuple[Step, list[Segment]]:
+def _step(begun: Sequence[tuple[Grown, list[int], list[int]]]) -> tuple[Step, list[Segment]]:
     """The step of one forward call, and the segments of its spans."""
     lanes, lengths, prefixes = [], [], []
     readers: dict[int, tuple[Segment, list[int]]] = {}

@@ -148,7 +148,7 @@ def _from_pretrained(name: str, source: str, **options: Any) -> tuple[Any, Any]:
     model, report = AutoModelForCausalLM.from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **options
     )
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(report["missing_keys"]):  # transformers would continue with random numbers in their place
         raise UnavailableError(
             f"model {name!r}: {source} lacks {len(missing)} weights, the first of them {missing[0]}; get the "
             "complete checkpoint"
@@ -218,7 +218,7 @@ def _reach_hub(spec: ModelSpec) -> None:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     start = f"model {spec.name!r} ({spec.source})"
-    local = "or put a local folder behind the name with --models-file"
+    local = "or give the name a local folder with --models-file"
     try:
         get_hf_file_metadata(hf_hub_url(spec.source, "config.json"), timeout=HUB_TIMEOUT)
     except GatedRepoError as error:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from dts.lm import PROMPT_SLOT
+from dts.models.forest import Forest, Place
 from dts.models.prefixes import Prefix, Segment
 from dts.models.treecache import TreeCache
-from dts.models.view import ModelView
+from dts.models.view import ModelView, Viewable
+from dts.models.vocabulary import without
 from dts.results import Usage
-
-if TYPE_CHECKING:
-    from dts.models.forest import Forest, Place
-    from dts.models.huggingface import HFModel
 
 
 class TreeSession:
@@ -155,13 +152,6 @@ class RecomputeSession:
         return torch.stack([self._logits[slot] for slot in slots])
 
 
-def without(unknown: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """Logits with -inf for these ids."""
-    if unknown is None:
-        return logits
-    return logits.index_fill_(-1, unknown.to(logits.device), -torch.inf)
-
-
 class Prefill:
     """A prompt on its way through the model, in pieces, after what earlier prompts share with it."""
 
@@ -218,6 +208,6 @@ def whole_logits(view: ModelView, token_ids: Sequence[int], device: torch.device
     return logits
 
 
-def full_logits(lm: HFModel, token_ids: Sequence[int]) -> torch.Tensor:
+def full_logits(lm: Viewable, token_ids: Sequence[int]) -> torch.Tensor:
     """Next-token logits [1, V] after a sequence, ids outside the tokenizer included."""
     return whole_logits(lm.view(), token_ids, lm.device)[:, -1]

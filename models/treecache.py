@@ -3,7 +3,7 @@
 Three places hold keys and values, per layer:
 
 - the *prefixes*: each prompt once, in segments [heads, P, dim], a beginning that prompts share being one of them; all
-  paths behind a segment attend to it as one matrix product (`dts.models.prefixes`);
+  paths after a segment attend to it as one matrix product (`dts.models.prefixes`);
 - *lanes*: one per path being extended, [lanes, heads, T, dim], a block of them for each tree; a path attends to its
   own lane only, so neither other paths nor idle branches are read;
 - the *archive*: tokens of branches that lost their lane, [rows, heads, dim]; a path that starts from deep in the tree
@@ -113,7 +113,7 @@ class TreeCache:
     # -- what the session calls ------------------------------------------------------------------------------------
 
     def add(self, parent: int, token: int) -> int:
-        """A new slot behind `parent`; it holds nothing until it went through the model."""
+        """A new slot after `parent`; it holds nothing until it went through the model."""
         self._parent.append(parent)
         self._token.append(token)
         self._depth.append(self._depth[parent] + 1)
@@ -164,7 +164,7 @@ class TreeCache:
             self._lane_of[slot] = NONE
 
     def parents(self, slots: Sequence[int]) -> list[int]:
-        """The slots behind which these stand."""
+        """The slots that these follow."""
         return [self._parent[slot] for slot in slots]
 
     def bytes(self) -> int:
@@ -183,7 +183,7 @@ class TreeCache:
         return lane != NONE and depth <= len(self._path[lane]) and self._path[lane][depth - 1] == slot
 
     def _assign(self, parents: Sequence[int], reserved: set[int]) -> list[int]:
-        """A lane for each row that holds exactly the row's ancestors. Paths that go on keep theirs."""
+        """A lane for each row that holds exactly the row's ancestors. Paths that continue keep theirs."""
         assigned = [NONE] * len(parents)
         taken: set[int] = set()
         for row, parent in enumerate(parents):

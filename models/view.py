@@ -1,7 +1,7 @@
 """A model's structure copied for one session: the same weights, but nothing else that is shared.
 
 A decode needs other settings than the user's model may have: eval mode, its own attention, rotary frequencies that no
-earlier call left behind. Instead of switching the model, which other threads use and which an exception would leave
+earlier call left. Instead of switching the model, which other threads use and which an exception would leave
 switched, each session gets its own modules. They are made by copying every module's `__dict__`, in milliseconds, so
 they show the model as it is now: replaced weights, adapters switched on or off, hooks.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -49,11 +49,22 @@ class ModelView:
         """Logits [B, V] from the decoder's last hidden states [B, H]."""
         config = self.core.config.get_text_config()
         logits: torch.Tensor = self.core.get_output_embeddings()(hidden)
-        # The two factors and the cap that families put behind their head; the self-check would show another one.
+        # The two factors and the cap that families put after their head; the self-check would show another one.
         factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
         logits = logits if factor == 1 else logits * factor
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class Viewable(Protocol):
+    """A model that can be looked at."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter the model."""
+
+    def view(self) -> ModelView:
+        """The model as it is now, for one session."""
 
 
 def core_of(model: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def unknown_ids(tokenizer: Any, vocab_size: int) -> list[int]:
     """Ids below `vocab_size` that stand for no token, ascending; none where the tokenizer does not tell."""
@@ -20,3 +22,10 @@ def _text(tokenizer: Any, token: int) -> str:
     except Exception:  # as many types as there are tokenizers
         return ""
     return "" if text == getattr(tokenizer, "unk_token", None) else text
+
+
+def without(unknown: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """Logits with -inf for these ids."""
+    if unknown is None:
+        return logits
+    return logits.index_fill_(-1, unknown.to(logits.device), -torch.inf)

@@ -110,23 +110,17 @@ def circle_in(graph):
     return next((found for node in sorted(graph) if (found := visit(node, []))), [])
 
 
-UNTIED = [  # to be emptied
-    pytest.param(layer, marks=pytest.mark.xfail(reason="not untied yet")) if layer == "models" else layer
-    for layer in BELOW
-]
-
-
 def test_a_circle_is_found():
     assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     assert len(module_graph("evaluation")) > 60 and module_graph("evaluation")["dts.evaluation.cli"]
 
 
-@pytest.mark.parametrize("layer", UNTIED)
+@pytest.mark.parametrize("layer", BELOW)
 def test_no_modules_import_each_other_in_a_circle(layer):
     assert circle_in(module_graph(layer)) == []
 
 
-@pytest.mark.parametrize("layer", UNTIED)
+@pytest.mark.parametrize("layer", BELOW)
 def test_no_rooms_import_each_other_in_a_circle(layer):
     assert circle_in(room_graph(layer)) == []

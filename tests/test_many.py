@@ -545,7 +545,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(tiny_lm, monk
     many = list(dts.decode_many(tiny_lm, ragged(4), batch_size=12, width=3, **options))
     for one, other in zip(many, expected, strict=True):
         assert [c.token_ids for c in one.completions] == [c.token_ids for c in other.completions]
-    assert "going on with" in caplog.text
+    assert "continuing with" in caplog.text
 
 
 def test_ctrl_c_ends_the_generator_and_frees_the_batch(tiny_lm):
