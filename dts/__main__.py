@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(dts.__version__)
         return 0
     if not command:
-        print(_help(), file=sys.stderr)
+        print(f"error: no command was given: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     if command not in COMMANDS:
         print(f"error: {_unknown(command)}", file=sys.stderr)

@@ -253,7 +253,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.session = self.lm.open(PROMPT_IDS, batch_size=LANES, max_new_tokens=LENGTH, max_kv_bytes=self.bound)
         self.ids = {PROMPT_SLOT: tuple(PROMPT_IDS)}
         self.failing = 0
-        decoder, machine = self.session._view.decoder, self
+        decoder, machine = self.session.forest._view.decoder, self
 
         class Tight:
             """The model, which at times has no memory for more than one row."""
@@ -264,7 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
                 return decoder(**arguments)
 
-        self.session._view.decoder = Tight()
+        self.session.forest._view.decoder = Tight()
 
     @rule(data=st.data())
     def extend(self, data):
@@ -285,12 +285,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def memory_comes_back(self):
         self.failing = 0
-        self.session._at_once = LANES
+        self.session.forest._at_once = LANES
 
     @invariant()
     def lanes_hold_paths(self):
         cache = self.session.cache
-        for path in cache._path:
+        for path in cache._path.values():
             assert all(cache._parent[slot] == before for before, slot in itertools.pairwise([PROMPT_SLOT, *path]))
             assert len(path) <= LENGTH - 1
 
@@ -306,7 +306,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def the_bound_is_kept_and_everything_is_counted_once(self):
         usage, cache = self.session.usage, self.session.cache
-        assert self.bound is None or cache.bytes() <= self.bound
+        prompt = sum(segment.held.nbytes for segment in self.session.prompt.chain())
+        assert self.bound is None or prompt + cache.bytes() <= self.bound
         assert (
             usage.forwarded_tokens
             == len(self.ids) - 1 + usage.recomputed_tokens + len(PROMPT_IDS) - usage.cached_tokens
