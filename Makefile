@@ -15,8 +15,10 @@ LOWEST := $(addprefix tests/test_,golden.py numbers.py core_edges.py rewards.py 
   registry.py estimator.py charts.py metrics.py statistics.py tracking.py heuristic_reward.py data.py task_rewards.py) \
   --deselect "tests/test_engine.py::test_branching_trees_equal_full_recomputation[gemma2]"
 
+LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .venv-lowest/bin/python
+
 .DEFAULT_GOAL := help
-.PHONY: help run test lint coverage mutation lowest dist bench bench-check adapters docs fetch clean
+.PHONY: help run test lint smoke coverage mutation lowest dist bench bench-check adapters docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -35,6 +37,10 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(RUN) -m ruff format --check --quiet .
 	$(RUN) -m mypy
 
+smoke: $(VENV)/.installed-dev  ## --smoke of every training config on the embedded model (about 10 minutes)
+	$(RUN) -m dts fetch
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -q -m minutes tests/test_smoke.py $(ARGS)
+
 coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models/; fails below 90 %
 	$(RUN) -m dts fetch
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --cov --cov-report=term --cov-fail-under=90 $(CORE) $(ARGS)
@@ -42,8 +48,11 @@ coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models
 mutation: $(VENV)/.installed-dev  ## 300 small changes to dts/ and search/: how many do the tests catch? (about 20 minutes)
 	OMP_NUM_THREADS=1 $(RUN) tests/mutation.py --sample 300 --jobs $(JOBS) $(ARGS)
 
-lowest: .venv-lowest/.installed  ## fast tests with the lowest versions of all dependencies (constraints-lowest.txt)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
+lowest: .venv-lowest/.installed  ## with the lowest versions (constraints-lowest.txt): fetch into an empty cache, a run, fast tests
+	rm -rf .venv-lowest/fresh
+	$(LOWEST_RUN) -m dts fetch
+	$(LOWEST_RUN) run_experiments.py --config configs/smoke.yaml --no-wandb --output-dir .venv-lowest/fresh/results
+	TOKENIZERS_PARALLELISM=false $(LOWEST_RUN) -m pytest -q $(LOWEST) $(ARGS)
 
 dist: $(VENV)/.installed-dev  ## sdist and wheel into dist/, their version from git's tags, checked for an upload
 	rm -rf dist
@@ -65,7 +74,7 @@ adapters: $(VENV)/.installed-dev  ## train the adapters of har-zero and m4-full 
 	$(RUN) -m dts.training train --config configs/experiments/adapter_m4.yaml --resume-from-checkpoint auto
 
 docs: $(VENV)/.installed-docs  ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 fetch: $(VENV)/.installed  ## only fetch the embedded model and the offline data into the cache
 	$(RUN) -m dts fetch
@@ -93,6 +102,9 @@ $(VENV)/.installed-dev: $(DEPENDS) | $(RUN)
 	  --editable '.[ray,tensorboard,train]' hypothesis packaging pytest
 	@touch $@
 
+# KaTeX as plain files. The package that ships them is a plugin of a framework that nobody needs here: no dependencies.
 $(VENV)/.installed-docs: $(DEPENDS) | $(RUN)
 	$(INSTALL) '.[docs]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade \
+	  --target $(VENV)/katex djangocms-katex
 	@touch $@ $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""For the reference: the comments behind the fields of a class, as a list in its description."""
+"""For the reference: the comments after the fields of a class, as a list in its description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOR_TOOLS = ("fmt:", "noqa", "type:", "pragma:")
 
 
 class FieldComments(griffe.Extension):
-    """Adds to the docstring of a class what stands behind its fields."""
+    """Adds the comments after its fields to the docstring of a class."""
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         lines = [f"- `{name}`: {text}" for name, field in cls.attributes.items() if (text := comment(field))]

@@ -1,37 +1,57 @@
-"""`python -m dts fetch`: brings the embedded model and the offline data sets into the cache."""
+"""The console command `dts`, also `python -m dts`: every subcommand is imported when it is asked for."""
 
 from __future__ import annotations
 
-import argparse
-import logging
+import difflib
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from dts.errors import DTSError
-from dts.fetch import ITEMS, cache_dir, fetch
+from dts.spin import limit_spinning
+
+COMMANDS = {
+    "run": ("dts.evaluation.cli:main", "compare methods on a data set, as run_experiments.py does"),
+    "decode": ("dts.evaluation.decode:main", "search for the best completion of one prompt"),
+    "fetch": ("dts.fetch_command:main", "download the embedded model and data into the cache"),
+    "study": ("dts.evaluation.studies.equal_tokens:main", "methods against best-of-N at equal forwarded tokens"),
+    "train": ("dts.training.cli:command_main", "fine-tune: SFT, polychromic, GRPO, and their data"),
+    "evaluate": ("dts.evaluation.finetuned.cli:run_script", "compare fine-tuned models on held-out prompts"),
+    "report": ("dts.evaluation.report.__main__:main", "one HTML page for a run folder, or several side by side"),
+}
+USAGE = "usage: dts COMMAND [options]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dts", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    about = "; ".join(f"{item.name}: {item.about}" for item in ITEMS.values())
-    fetching = commands.add_parser("fetch", help="download the embedded model and data into the cache", epilog=about)
-    fetching.add_argument("names", nargs="*", help=f"what to fetch; default: {' '.join(ITEMS)}")
-    fetching.add_argument("--cache", type=Path, help=f"the cache folder; default: {cache_dir()}".replace("%", "%%"))
-    options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        for folder in fetch(options.names or None, cache=options.cache):
-            print(folder)
-    except DTSError as error:
-        print(f"error: {error}", file=sys.stderr)
+    """Hands the options over to a subcommand and returns its exit code."""
+    limit_spinning()
+    command, *options = [*(sys.argv[1:] if argv is None else argv)] or [""]
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        import dts
+
+        print(dts.__version__)
+        return 0
+    if not command:
+        print(f"error: no command was given: choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    if command not in COMMANDS:
+        print(f"error: {_unknown(command)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing half-made was left in the cache", file=sys.stderr)
-        return 130
-    return 0
+    module, _, function = COMMANDS[command][0].partition(":")
+    return int(getattr(importlib.import_module(module), function)(options))
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join([USAGE, "", *lines, "", "`dts COMMAND --help` lists the options of a command."])
+
+
+def _unknown(command: str) -> str:
+    near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown command {command!r}: {hint}choose from {', '.join(COMMANDS)}"
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dts.errors import DTSError, UnavailableError, UsageError
+from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import LanguageModel
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import Context, Finished, Prompt, Reward, TerminalReward, as_reward
-from dts.settings import Budget, Decoding
+from dts.settings import Budget, Decoding, as_stops, check_callable, check_whole
 
 if TYPE_CHECKING:
     from dts.search import Method
@@ -30,7 +31,8 @@ def decode(
     top_k: int | None = None,
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
-    logits_processor: Callable[..., Any] | None = None,
+    logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
     budget: Budget | None = None,
@@ -38,38 +40,84 @@ def decode(
 ) -> Result:
     """Search for completions of `prompt` that `reward` likes.
 
-    lm: from `dts.load`. prompt: text, chat messages or token ids. reward: a `dts.Reward` or a function of the decoded
-    completion; None gives every completion 0. method: from `dts.search`. budget: limits on top of the method's own.
+    lm: from `dts.load`. prompt: text, chat messages, or token ids (a sequence, array or tensor [L] or [1, L], or what
+    a tokenizer returns). Text gets the tokenizer's BOS unless it begins with it, and never an EOS; a last message of
+    the assistant is continued. reward: a `dts.Reward` or a function of the decoded completion; None gives every
+    completion 0. method: from `dts.search`. budget: limits on top of the method's own.
     batch_size: paths decoded together; if not given, the method's choice as far as memory allows.
-    logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessorList; part of p.
+    stop: strings that end a completion. Its text ends in front of the first one; a string may be or hold a special
+    token.
+    logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessor, or a list of
+    them; part of p. A processor that keeps a state is copied for each path; a function or class without arguments is
+    taken as a factory that makes one (see `dts.processors`).
+    chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}, and `tools`.
     max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
     comes back to them.
     on_rollout: called with each rollout as it finishes.
 
     Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails,
-    `ModelError` for logits that are no distribution, `UnavailableError` when memory runs out for a single path.
+    `ModelError` for logits that are no distribution or a processor that fails, `UnavailableError` when memory runs out
+    for a single path.
     """
     from dts.search import Search, run  # the one place where this layer looks up
 
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     settings = Decoding(
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, strings, seed, batch_size, logits_processor
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor
     )
-    prompt_ids = lm.encode(prompt)
+    max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
+    scorer = as_scorer(reward)
+    prompt_ids = encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
-    scorer = as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
     width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
     context = Context(prompt, tuple(prompt_ids), lm.decode)
-    limits = _tightest(method.budget(), budget)
-    try:
+    limits = tightest(method.budget(), budget)
+    with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
         return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
-    except (RuntimeError, MemoryError) as error:  # where halving the batch does not help: the prompt, the logits
+
+
+@contextlib.contextmanager
+def _memory_named(prompt_tokens: int, paths: int) -> Iterator[None]:
+    """Memory that runs out where halving the batch does not help (the prompt, the logits) is an `UnavailableError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, DTSError) or not is_out_of_memory(error):
             raise
         raise UnavailableError(
-            f"out of memory with a prompt of {len(prompt_ids)} tokens and {width} paths ({first_line(error)}); {REMEDY}"
+            f"out of memory with a prompt of {prompt_tokens} tokens and {paths} paths ({first_line(error)}); {REMEDY}"
         ) from error
+
+
+def check_arguments(
+    lm: Any, method: Any, max_kv_bytes: int | None, budget: Budget | None, on_rollout: Callable[..., Any] | None
+) -> None:
+    """Raise `UsageError` for an argument of another kind than `decode` takes."""
+    if isinstance(lm, type) or not all(callable(getattr(lm, name, None)) for name in ("encode", "decode", "open")):
+        raise UsageError(f"lm={shown(lm)} is not a language model; give what dts.load returns")
+    if isinstance(method, type) or not all(callable(getattr(method, name, None)) for name in ("batch_size", "budget")):
+        raise UsageError(f"method={shown(method)} is not a method; give one of dts.search, such as MaxEnt(32)")
+    if max_kv_bytes is not None:
+        check_whole("max_kv_bytes", max_kv_bytes, 1, 2**63, allowed="a whole number of bytes >= 1 or None")
+    if budget is not None and not isinstance(budget, Budget):
+        raise UsageError(
+            f"budget={shown(budget)} is not allowed; give dts.Budget(rollouts=, tokens=, seconds=) or None"
+        )
+    if on_rollout is not None:
+        check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
+
+
+def as_scorer(reward: Reward | Callable[..., Any] | None) -> Reward:
+    """A reward object; for None one that gives 0 to everything."""
+    return as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
+
+
+def encoded(lm: LanguageModel, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
+    """Prompt ids."""
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)} is not allowed; give a dict or None")
+    return lm.encode(prompt, chat_template_kwargs) if chat_template_kwargs else lm.encode(prompt)
 
 
 def check_prompt(lm: LanguageModel, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
@@ -88,7 +136,7 @@ def _nothing(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
     return [0.0] * len(finished)
 
 
-def _tightest(own: Budget, given: Budget | None) -> Budget:
+def tightest(own: Budget, given: Budget | None) -> Budget:
     """The smaller of two limits, field by field."""
     if given is None:
         return own

@@ -14,8 +14,15 @@ class UnavailableError(DTSError, RuntimeError):
 
 
 class ModelError(DTSError, RuntimeError):
-    """A model gave logits that are no distribution: NaN, an infinity, or minus infinity for every token."""
+    """A model gave logits that are no distribution (NaN, an infinity, or minus infinity for every token), or a logits
+    processor failed."""
 
 
 class RewardError(DTSError, RuntimeError):
     """A reward raised, took too long, returned the wrong number of values, or returned NaN or an infinity."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: one line, at most 80 characters."""
+    text = ascii(value) if isinstance(value, str) else " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -67,7 +67,12 @@ def _convert_gguf(folder: Path) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    del model.config.quantization_config  # the weights are plain now, and saving must not say otherwise
+    # Older versions of transformers take the GGUF's start token for its end.
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokenizer.init_kwargs.pop(name, None)  # would be saved, and win over the tokens
+    if hasattr(model.config, "quantization_config"):  # older versions of transformers set none
+        del model.config.quantization_config  # the weights are plain now, and saving must not say otherwise
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,14 +1,14 @@
 """What a search needs from a language model, and nothing more.
 
 A `LanguageModel` turns prompts into ids and opens a `Session` per prompt. A session is a key/value cache shaped
-like the tree: slot 0 is the prompt, `extend` puts one more token behind given slots, `logits` reads the next-token
+like the tree: slot 0 is the prompt, `extend` adds one more token after given slots, `logits` reads the next-token
 logits of any slot that is still held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -24,10 +24,31 @@ class Session(Protocol):
     usage: Usage  # counted at the model's forward calls
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Forward one token behind each parent slot, all in one call. (parent, token) pairs are distinct."""
+        """Forward one token after each parent slot, all in one call. (parent, token) pairs are distinct."""
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         """Next-token logits after these slots, [len(slots), vocab]."""
+
+
+class Batch(Protocol):
+    """Sessions of many prompts whose paths go through the model together.
+
+    A model that has a method `batch(*, prompts, width, max_new_tokens, max_kv_bytes) -> Batch | None` serves
+    `decode_many` with it; other models open one session after another.
+    """
+
+    def admit(self, key: int, prompt_ids: Sequence[int]) -> bool:
+        """Take a prompt in; False where it must wait for memory. Raises `UsageError` where it can never fit."""
+
+    def advance(self, tokens: int) -> list[tuple[int, Session | Exception]]:
+        """Send about so many tokens of admitted prompts through the model. Returns the keys of the prompts that are
+        through, with their sessions or with what went wrong."""
+
+    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+        """`Session.extend` of several sessions, all in one call."""
+
+    def close(self, key: int) -> None:
+        """Give up what a prompt holds. Its session still works: what it lacks is recomputed, and counted."""
 
 
 class LanguageModel(Protocol):
@@ -49,8 +70,9 @@ class LanguageModel(Protocol):
     def context_length(self) -> int | None:
         """Tokens, prompt and completion together; None for no limit."""
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Prompt ids: text is tokenized, chat messages go through the chat template, ids pass through."""
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Prompt ids: text is tokenized, chat messages go through the chat template with these variables, ids pass
+        through."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Completion ids to text, special tokens dropped."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
-from dts.softvalue import SoftValues, logsumexp
+from dts.softvalue import SoftValues
 from dts.tree import Tree
 
 
@@ -19,6 +19,7 @@ class Completion:
     reward: float
     logprob: float  # log p(token_ids | prompt) in nats, under the p that was sampled from
     finished_by: str  # "eos", "stop" or "length"
+    token_logprobs: tuple[float, ...] = ()  # of each token, in nats; their sum is `logprob`
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,6 @@ class Rollout:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class LogZ:
-    """An estimate of log Z, Z = E_p exp(lambda r)."""
-
-    value: float  # log of the estimate of Z, which is unbiased; its log is biased downwards (Jensen)
-    error: float  # standard error of `value` (delta method)
-    interval: tuple[float, float]  # 95 %
-
-
 @dataclass(slots=True)
 class Usage:
     """What a search cost. Counted where the model is called, not derived."""
@@ -58,14 +50,34 @@ class Usage:
     recomputed_tokens: int = 0  # forwarded again because their cache entry had been given up
     model_calls: int = 0
     seconds: float = 0.0
-    kv_tokens: int = 0  # peak token positions in use behind the prompt, in lanes and archive
+    kv_tokens: int = 0  # peak token positions in use after the prompt, in lanes and archive
     kv_bytes: int = 0  # peak bytes held for keys, values and hidden states, unused capacity included
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class LogZ:
+    """An estimate of log Z, Z = E_p exp(lambda r)."""
+
+    value: float  # log of the estimate of Z, which is unbiased; its log is biased downwards (Jensen)
+    error: float = math.inf  # standard error of `value` (delta method); inf: not known
+    interval: tuple[float, float] = (-math.inf, math.inf)  # 95 %
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a search says of the target pi* = p exp(lambda r) / Z. A method fills in what it knows."""
+
+    log_z: LogZ | None = None
+    shares: Mapping[int, float] | None = None  # weights of the finished sequences as a sample of pi*, by leaf; sum 1
+    sample: Callable[[int, int], list[Completion]] | None = None  # (k, seed) -> k independent draws
+    values: SoftValues | None = None  # the soft values on the tree, where they are the estimate
+    log_weights: Mapping[int, float] | None = None  # of weighted samples: log weight by leaf; their sum estimates Z
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The outcome of one search over one prompt."""
 
@@ -73,43 +85,49 @@ class Result:
     rollouts: list[Rollout]  # in the order they finished
     usage: Usage
     tree: Tree
-    values: SoftValues | None  # soft values on the tree, where the method estimates them
     method: str
-    log_weights: dict[int, float] | None = None  # of weighted samples: log weight by leaf, not normalised
-    log_z_estimate: LogZ | None = None  # of methods that know the probability of every choice they made
     partial: bool = False  # the budget ended the search with paths still under way
-    _sampler: Callable[[int, int], list[Completion]] | None = field(default=None, repr=False)
+    estimate: Estimate | None = None  # of the target distribution, where the method has one
 
     @property
     def best(self) -> Completion:
-        """The first completion: the highest reward (the earliest of several), or what the method ranks first."""
+        """The first completion: the highest reward (the likeliest of several), or what the method ranks first."""
         if not self.completions:
             raise RuntimeError("no rollout finished: raise the budget, or look at result.usage")
         return self.completions[0]
 
     @property
-    def log_z(self) -> float:
-        """log of an unbiased estimate of Z = E_p exp(lambda r); `log_z_estimate` has its error where one is known."""
-        if self.log_z_estimate is not None:
-            return self.log_z_estimate.value
-        if self.log_weights is None:
-            raise RuntimeError(f"{self.method} estimates no Z; use MaxEnt or ParticleFilter")
-        return logsumexp(list(self.log_weights.values()))
+    def values(self) -> SoftValues | None:
+        """The soft values on the tree; None for methods without them."""
+        return self.estimate.values if self.estimate else None
 
     @property
-    def shares(self) -> dict[int, float]:
+    def log_weights(self) -> Mapping[int, float] | None:
+        """Log weights of weighted samples by leaf, not normalised; None for methods without them."""
+        return self.estimate.log_weights if self.estimate else None
+
+    @property
+    def log_z_estimate(self) -> LogZ | None:
+        """The estimate of log Z with its error; None where no error is known."""
+        log_z = self.estimate.log_z if self.estimate else None
+        return log_z if log_z is not None and math.isfinite(log_z.error) else None
+
+    @property
+    def log_z(self) -> float:
+        """log of an unbiased estimate of Z = E_p exp(lambda r); `log_z_estimate` has its error where one is known."""
+        if self.estimate is None or self.estimate.log_z is None:
+            raise RuntimeError(f"{self.method} estimates no Z; use MaxEnt or ParticleFilter")
+        return self.estimate.log_z.value
+
+    @property
+    def shares(self) -> Mapping[int, float]:
         """Weights of the finished sequences as a sample of pi*, by leaf (`Rollout.leaf`); their sum is 1.
 
         For a weighted median or vote, without another token. A sequence also counts for unfinished ones near it
         (`SoftValues.log_shares`)."""
-        if self.log_weights is not None:
-            logs = self.log_weights
-        elif self.values is not None:
-            logs = self.values.log_shares()
-        else:
+        if self.estimate is None or self.estimate.shares is None:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
-        total = logsumexp(list(logs.values()))
-        return {leaf: math.exp(log - total) for leaf, log in logs.items()}
+        return self.estimate.shares
 
     @property
     def effective_sample_size(self) -> float:
@@ -117,7 +135,8 @@ class Result:
         return 1 / math.fsum(share * share for share in self.shares.values())
 
     def sample(self, k: int, seed: int = 0) -> list[Completion]:
-        """k draws from the tree's estimate of pi*; unexplored parts are continued with the model, and counted."""
-        if self._sampler is None:
+        """k draws from the tree's estimate of pi*; unexplored parts are continued with the model, and counted in
+        `usage`. The result's tree stays as it is."""
+        if self.estimate is None or self.estimate.sample is None:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
-        return self._sampler(k, seed)
+        return self.estimate.sample(k, seed)

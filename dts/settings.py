@@ -3,17 +3,68 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
+from dts.processors import check_processor
+
+TINY = 1e-200
+LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
 
 
 def _require(condition: bool, option: str, value: object, allowed: str) -> None:
     if not condition:
-        raise UsageError(f"{option}={value!r} is not allowed; give {allowed}")
+        raise UsageError(f"{option}={shown(value)} is not allowed; give {allowed}")
+
+
+def check_whole(option: str, value: Any, low: int, high: int = LARGEST, *, allowed: str) -> int:
+    """A whole number of Python or NumPy from `low` to `high`, as an int; True and 2.0 are none."""
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    _require(number is not None and low <= number <= high, option, value, allowed)
+    return number or 0
+
+
+def check_number(option: str, value: Any, low: float, high: float = sys.float_info.max, *, allowed: str) -> float:
+    """A real number above `low`, up to `high`, as a float; True is none."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        number = math.nan
+    _require(low < number <= high, option, value, allowed)
+    return number
+
+
+def check_real(option: str, value: Any, fits: Callable[[float], bool], allowed: str) -> None:
+    """A real number of Python or NumPy that fits; True is none."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    _require(real and fits(value), option, value, allowed)
+
+
+def check_callable(option: str, value: Any, allowed: str) -> None:
+    _require(callable(value), option, value, allowed)
+
+
+def check_text(option: str, text: str) -> None:
+    """Text that UTF-8 can hold: half of a surrogate pair, which no tokenizer takes, is named by its position."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{option} holds {text[error.start]!r} at position {error.start}, half of a surrogate pair, which is no "
+            "character; decode the text again, or drop it with text.encode('utf-8', 'ignore').decode()"
+        ) from error
+
+
+def as_stops(stop: Any) -> tuple[str, ...]:
+    """One stop string or several, as a tuple."""
+    _require(isinstance(stop, (str, list, tuple, set, frozenset)), "stop", stop, "a string or a list of strings")
+    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +82,33 @@ class Decoding:
     stop: tuple[str, ...] = ()
     seed: int = 0
     batch_size: int | None = None  # paths decoded together; None: the method's own choice
-    # (ids so far [1, T], logits [1, V]) -> logits, as in `transformers`; applied before everything else
-    logits_processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    # (ids so far [1, T], logits [1, V]) -> logits, as in `transformers`; see `dts.processors`. Applied before the rest
+    logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number >= 1")
-        _require(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens,
-                 f"0 to max_new_tokens ({self.max_new_tokens})")  # fmt: skip
-        _require(0 < self.temperature < math.inf, "temperature", self.temperature,
-                 "a number > 0 (for the most likely tokens use Greedy)")  # fmt: skip
-        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "a whole number >= 1 or None")
-        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1] or None")
-        _require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1 or None")
+        whole = "a whole number >= 1"
+        new = check_whole("max_new_tokens", self.max_new_tokens, 1, allowed=whole)
+        checked: dict[str, Any] = {
+            "max_new_tokens": new,
+            "min_new_tokens": check_whole("min_new_tokens", self.min_new_tokens, 0, new,
+                                          allowed=f"a whole number from 0 to max_new_tokens ({new})"),
+            "temperature": check_number("temperature", self.temperature, 0,
+                                        allowed="a number > 0 (for the most likely tokens use Greedy)"),
+            "seed": check_whole("seed", self.seed, 0, 2**128, allowed="a whole number >= 0"),
+        }  # fmt: skip
+        for option in ("top_k", "batch_size"):
+            if getattr(self, option) is not None:
+                checked[option] = check_whole(option, getattr(self, option), 1, allowed=f"{whole} or None")
+        if self.top_p is not None:
+            checked["top_p"] = check_number("top_p", self.top_p, 0, 1, allowed="a number in (0, 1] or None")
+        for option, value in checked.items():
+            object.__setattr__(self, option, value)
         _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
-                 "a tuple of non-empty strings")  # fmt: skip
+                 "a non-empty string or a list of them")  # fmt: skip
+        for string in self.stop:
+            check_text("stop", string)
+        if self.logits_processor is not None:
+            check_processor(self.logits_processor)
 
     def probabilities(
         self, logits: torch.Tensor, forbidden: tuple[Sequence[int], Sequence[int]] = ((), ())
@@ -55,7 +119,10 @@ class Decoding:
         """
         if logits.device.type == "mps":  # has no float64
             logits = logits.cpu()
-        scores = logits.double() if self.temperature == 1 else logits.double() / self.temperature
+        scores = logits.double()
+        if self.temperature < TINY:  # the quotients would overflow
+            scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores if self.temperature == 1 else scores / self.temperature
         rows, tokens = forbidden
         if rows and tokens:
             scores = scores.clone() if scores is logits else scores
@@ -84,5 +151,7 @@ class Budget:
     def __post_init__(self) -> None:
         for option in ("rollouts", "tokens"):
             value = getattr(self, option)
-            _require(value is None or value >= 1, option, value, "a whole number >= 1 or None")
-        _require(self.seconds is None or self.seconds > 0, "seconds", self.seconds, "a number > 0 or None")
+            if value is not None:
+                check_whole(option, value, 1, 2**63, allowed="a whole number >= 1 or None")
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0, math.inf, allowed="a number > 0 or None")

@@ -18,39 +18,51 @@ as far as a look-ahead has found tokens that gain. The reward's own bounds limit
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from dts.errors import UsageError
+from dts.foresight import Foresight, Gain
+from dts.logspace import logsumexp
 from dts.tree import NONE, ROOT, Tree
+from dts.visits import Visits
 
-Terms = list[float]
 
-
-def logsumexp(terms: Terms) -> float:
-    """log sum exp of a short list; -inf for an empty one."""
-    top = max(terms, default=-math.inf)
-    if top == -math.inf:
-        return -math.inf
-    return top + math.log(math.fsum(math.exp(t - top) for t in terms))
+def log_factor(reward_scale: float, reward: float) -> float:
+    """lambda r, the log of a sequence's factor on p. Raises `UsageError` where it is too large for a float."""
+    log = reward_scale * reward
+    if not math.isfinite(log):
+        raise UsageError(
+            f"reward_scale={reward_scale!r} times a reward of {reward!r} is not a finite number; lower reward_scale or "
+            "give rewards in smaller units"
+        )
+    return log
 
 
 class SoftValues:
     """Columns beside the tree's, updated in place along the path of each finished sequence: O(depth x children)."""
 
-    def __init__(self, tree: Tree, reward_scale: float, prior_strength: float = 1.0) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        reward_scale: float,
+        visits: Visits | None = None,
+        foresight: Foresight | None = None,
+        prior_strength: float = 1.0,
+    ) -> None:
+        """visits, foresight: shared with what else works on this tree; without them, of its own."""
         self.tree, self.reward_scale, self._prior_strength = tree, reward_scale, prior_strength
+        self.visits = visits or Visits(tree)
+        self.foresight = foresight or Foresight(tree, reward_scale)
         self.log_value = array("d")  # F
         self.log_rest = array("d")  # G
         self.log_beyond = array("d")  # R
         self.log_open = array("d")  # like F, counting only sequences that were not finished yet
         self.mean = array("d")  # E[r], the limit of V as lambda -> 0
         self.mean_rest = array("d")
-        self.visits = array("i")  # finished sequences below
-        self.entered = array("i")  # paths sent through, under way or finished; counted by the policies
-        self.closed = array("b")  # 1: given up for good
-        self._gains: dict[int, dict[int, tuple[float, float]]] = {}  # node -> token -> log p, lambda * gain
-        self._foreseen: dict[int, float] = {}  # node -> log-mean of exp(lambda * gain) of its next token
+        self._closed = set[int]()  # nodes given up for good
         self.grow()
 
     def value(self, node: int = ROOT) -> float:
@@ -64,6 +76,7 @@ class SoftValues:
     def grow(self) -> None:
         """Rows for nodes that were added since: valued by what the parent hands down."""
         tree = self.tree
+        self.visits.grow()
         for node in range(len(self.log_value), len(tree)):
             parent = tree.parent[node]
             prior, mean = (0.0, 0.0) if parent == NONE else (self._handed_down(node), self.mean_rest[parent])
@@ -72,9 +85,6 @@ class SoftValues:
             self.log_beyond.append(0.0 if parent == NONE else self.log_beyond[parent])
             self.mean.append(mean)
             self.mean_rest.append(mean)
-            self.visits.append(0)
-            self.closed.append(0)
-            self.entered.append(1 if parent != NONE else 0)  # the path that made it
 
     def _handed_down(self, node: int) -> float:
         """F of a node of which nothing is known but what it promises: its gain beyond is its parent's."""
@@ -86,73 +96,63 @@ class SoftValues:
         scale, tree = self.reward_scale, self.tree
         return min(max(log_value, scale * tree.earned[node]), scale * tree.upper[node]) if scale > 0 else log_value
 
-    def look_ahead(self, node: int, gains: dict[int, tuple[float, float]]) -> None:
-        """Of tokens that would raise the promise of `node`: log p and the gain, in units of the reward."""
-        self._gains[node] = {token: (log_p, self.reward_scale * gain) for token, (log_p, gain) in gains.items()}
-        self._foreseen[node] = self.tilt(node)[1]
+    def foresee(self, node: int, gains: Mapping[int, Gain]) -> None:
+        """Count in the tokens of `node` that would change its promise."""
+        self.grow()
+        self.foresight.learn(node, gains)
         self.log_beyond[node] = self._prior(node)
         self.log_rest[node] = self._rest(node)
 
     def _prior(self, node: int) -> float:
         """R by what the parent's R says: the gain of the next token is part of it, so what is foreseen comes off."""
         beyond = self.log_beyond[self.tree.parent[node]] if node != ROOT else 0.0
-        foreseen = self._foreseen.get(node)
+        foreseen = self.foresight.expected(node)
         return beyond if foreseen is None else max(beyond - foreseen, 0.0)
-
-    def tilt(self, node: int) -> tuple[dict[int, float], float]:
-        """lambda * gain of the unexplored tokens that a look-ahead found, and the log-mean of its exponential over all
-        unexplored tokens (the others gain nothing)."""
-        found = self._gains.get(node)
-        log_u = self.tree.log_unexplored[node]
-        if not found or log_u == -math.inf:
-            return {}, 0.0
-        children = {self.tree.token[child] for child in self.tree.children(node)}
-        left = {token: pair for token, pair in found.items() if token not in children}
-        others = 1 - math.fsum(math.exp(log_p - log_u) for log_p, _ in left.values())
-        terms = [log_p - log_u + gain for log_p, gain in left.values()]
-        return {token: gain for token, (_, gain) in left.items()}, logsumexp([math.log(max(others, 1e-300)), *terms])
 
     def _rest(self, node: int) -> float:
         promise = self.reward_scale * self.tree.promise[node]
-        return self._bounded(node, self.log_beyond[node] + promise + self.tilt(node)[1])
+        return self._bounded(node, self.log_beyond[node] + promise + self.foresight.tilt(node).log_mean)
 
-    def finish(self, leaf: int) -> None:
-        """Back up a finished sequence from `leaf` to the root. A leaf that was already finished changes nothing."""
+    def learn(self, leaf: int) -> None:
+        """Take in the reward of a finished sequence, once, and back it up. Its visit was counted before."""
         self.grow()
-        if self.visits[leaf]:
-            return
         tree = self.tree
-        self.log_value[leaf] = self.reward_scale * tree.reward[leaf]
+        self.log_value[leaf] = log_factor(self.reward_scale, tree.reward[leaf])
         self.mean[leaf] = tree.reward[leaf]
         self.log_open[leaf] = -math.inf
-        self.visits[leaf] = 1
-        node = tree.parent[leaf]
-        while node != NONE:
-            self.visits[node] += 1
-            self._update(node)
-            node = tree.parent[node]
+        self._back_up(leaf)
 
     def close(self, node: int) -> None:
         """Leave what is unfinished below `node` out of `log_open`, for good."""
         self.grow()
-        self.closed[node] = 1
+        self._closed.add(node)
         self.log_open[node] = -math.inf
+        self._back_up(node)
+
+    def _back_up(self, node: int) -> None:
+        """Update all ancestors of `node`, the nearest first."""
         node = self.tree.parent[node]
         while node != NONE:
             self._update(node)
             node = self.tree.parent[node]
 
-    def settle(self, prior_strength: float = 2.0, sweeps: int = 12, tolerance: float = 1e-6) -> None:
-        """Make all values agree with each other when a search is over: a backup used what the parents held at its time,
-        and they learnt on. Sweeps from the leaves to the root, until no value moves more than `tolerance`.
+    def settled(self, prior_strength: float = 2.0, sweeps: int = 12, tolerance: float = 1e-6) -> SoftValues:
+        """A copy in which all values agree with each other: a backup used what the parents held at its time, and they
+        learnt more since. Sweeps from the leaves to the root, until no value moves more than `tolerance`.
 
         A search does better when few children are trusted (it corrects itself), an estimate when they are trusted less.
         """
-        self._prior_strength = prior_strength
         self.grow()
-        inner = [
-            node for node in range(len(self.tree) - 1, -1, -1) if self.visits[node] and not self.tree.terminal[node]
-        ]
+        other = copy.copy(self)
+        for name in ("log_value", "log_rest", "log_beyond", "log_open", "mean", "mean_rest"):
+            setattr(other, name, getattr(self, name)[:])
+        other._settle(prior_strength, sweeps, tolerance)
+        return other
+
+    def _settle(self, prior_strength: float, sweeps: int, tolerance: float) -> None:
+        self._prior_strength = prior_strength
+        finished, terminal = self.visits.finished, self.tree.terminal
+        inner = [node for node in range(len(self.tree) - 1, -1, -1) if finished[node] and not terminal[node]]
         for _ in range(sweeps):
             before = [self.log_value[node] for node in inner]
             for node in inner:
@@ -161,13 +161,12 @@ class SoftValues:
                 return
 
     def _update(self, node: int) -> None:
-        tree, children = self.tree, list(self.tree.children(node))
-        seen = [a for a in children if self.visits[a]]
-        self._pool(node, seen)
+        tree, finished, children = self.tree, self.visits.finished, list(self.tree.children(node))
+        self._pool(node, [a for a in children if finished[a]])
         for child in children:
-            if not self.visits[child]:  # in flight: still worth what the parent hands down
+            if not finished[child]:  # in flight: still worth what the parent hands down
                 self.log_value[child] = self._handed_down(child)
-                self.log_open[child] = -math.inf if self.closed[child] else self.log_value[child]
+                self.log_open[child] = -math.inf if child in self._closed else self.log_value[child]
                 self.mean[child] = self.mean_rest[node]
         log_u = tree.log_unexplored[node]
         values, opens = [log_u + self.log_rest[node]], [log_u + self.log_rest[node]]
@@ -178,7 +177,7 @@ class SoftValues:
             opens.append(log_p + self.log_open[child])
             mean += math.exp(log_p) * self.mean[child]
         self.log_value[node], self.mean[node] = logsumexp(values), mean
-        self.log_open[node] = -math.inf if self.closed[node] else logsumexp(opens)
+        self.log_open[node] = -math.inf if node in self._closed else logsumexp(opens)
 
     def _pool(self, node: int, seen: list[int]) -> None:
         """R, G and its linear twin from the children seen so far and the parent's pseudo-observation."""
@@ -211,7 +210,7 @@ class SoftValues:
         for those near it, and its share is not its own probability, which is tiny for a long one."""
         self.grow()
         tree, shares = self.tree, dict[int, float]()
-        stack = [(ROOT, 0.0)] if self.visits[ROOT] else []
+        stack = [(ROOT, 0.0)] if self.visits.finished[ROOT] else []
         while stack:
             node, above = stack.pop()
             if tree.terminal[node]:
@@ -219,7 +218,7 @@ class SoftValues:
                 continue
             seen, others = list[int](), [tree.log_unexplored[node]]
             for child in tree.children(node):
-                if self.visits[child]:
+                if self.visits.finished[child]:
                     seen.append(child)
                 else:
                     others.append(tree.log_p[child])

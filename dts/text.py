@@ -45,7 +45,7 @@ def advance(decode: Decode, state: TextState, token: int) -> tuple[TextState, st
     new = text[state.given :]
     if not new:
         # A token without text (a special one) must not become the window: the next token would lose its space.
-        return (state if text else TextState(ids)), ""
+        return (state if text else TextState(ids[-KEEP:])), ""
     window = ids[state.piece :]
     return TextState(window, len(window), len(decode(window) if state.piece else text)), new
 

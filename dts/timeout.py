@@ -23,11 +23,11 @@ def with_timeout(reward: Reward | Callable[..., Any], seconds: float) -> Reward:
     return _Timed(as_reward(reward), seconds)
 
 
-class _Timed:
+class _Timed(Reward):
     """`extend` and `finish` with a limit; what only reads a state (`earned`, `upper`) is not timed."""
 
     def __init__(self, reward: Reward, seconds: float) -> None:
-        self.name, self.monotone = reward.name, reward.monotone
+        self.name, self.monotone, self.parts = reward.name, reward.monotone, (reward,)
         self._inner, self._seconds = reward, seconds
 
     def start(self, context: Context) -> State:
@@ -70,6 +70,6 @@ class _Timed:
         if not values:
             raise RewardError(
                 f"reward {self.name!r} took longer than {limit:g} s {about}; raise the reward timeout, or mend the "
-                "reward (it goes on in a thread that cannot be ended)"
+                "reward (it continues in a thread that cannot be ended)"
             )
         return values[0]

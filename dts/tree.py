@@ -6,6 +6,7 @@ read by walking up; nothing holds a copied prefix. Children form a linked list i
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
 from collections.abc import Iterator
@@ -62,6 +63,13 @@ class Tree:
         self.n_children[parent] += 1
         self.log_unexplored[parent] = log_unexplored
         return node
+
+    def copy(self) -> Tree:
+        """A tree of its own with the same nodes."""
+        other = copy.copy(self)
+        for name, column in vars(self).items():
+            setattr(other, name, column[:])
+        return other
 
     def children(self, node: int) -> Iterator[int]:
         """Children in the order they were added."""

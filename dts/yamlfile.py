@@ -1,7 +1,11 @@
-"""Text and YAML files that users write."""
+"""The one reader of files that users write: lines of text (CSV, JSON Lines), JSON and YAML, with or without a BOM."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,51 @@ def read_yaml(path: Path, what: str) -> Any:
 def parse_yaml(text: str) -> Any:
     """Plain values only, no objects. Raises `ValueError`; PyYAML itself raises many things, also for a bad date."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
+    return _writable(value)
+
+
+def parse_json(line: str) -> Any:
+    """A JSON value. Raises `ValueError`, also for text that cannot be written as UTF-8."""
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return _writable(value) if "\\u" in line else value
+
+
+def _writable(value: Any) -> Any:
+    """The value itself. Escapes can spell half of a surrogate pair, which no tokenizer takes and no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1]
+        raise ValueError(f"it holds \\u{ord(half):04x}, half of a surrogate pair; write the whole character") from None
+    except (TypeError, ValueError, RecursionError):  # keys that JSON has not, or a YAML alias of itself
+        pass
+    return value
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 text file, plain or gzip, line ends included. Raises `UsageError` naming the line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, _text(line, f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return decode_text(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: {str(error).removeprefix('line 1, ')}") from None
 
 
 def decode_text(content: bytes) -> str:

@@ -12,18 +12,26 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dts.errors import DTSError, UnavailableError, UsageError
-from dts.evaluation.config import QUANTIZATIONS, WANDB_MODES, ExperimentConfig, named, read_config_file
-from dts.evaluation.engines import ENGINES, find_engine
-from dts.evaluation.plan import prepare
-from dts.evaluation.resume import FREE, check_same, stored_config
+from dts.evaluation.experiment.config import (
+    ENGINES,
+    QUANTIZATIONS,
+    WANDB_MODES,
+    ExperimentConfig,
+    named,
+    read_config_file,
+)
+from dts.evaluation.experiment.engine import find_engine
+from dts.evaluation.experiment.plan import prepare
+from dts.evaluation.experiment.resume import FREE, check_same, stored_config
 from dts.evaluation.tracking import TRACKERS, choose_mode, make_tracker
 
 if TYPE_CHECKING:
-    from dts.evaluation.backend import Backend
-    from dts.evaluation.plan import Plan
+    from dts.evaluation.experiment.backend import Backend
+    from dts.evaluation.experiment.plan import Plan
+    from dts.evaluation.records import SampleRecord
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -74,7 +82,7 @@ def _add_what(group: Any, defaults: dict[str, Any]) -> None:
     add("--max-tokens", type=int, metavar="N", help="new tokens per completion")
     add("--data-seed", type=int, metavar="N", help="seed of the choice of examples")
     group.add_argument("--config", metavar="FILE", help="YAML file of options, see configs/")
-    group.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; needs no other option")
+    group.add_argument("--resume", metavar="DIR", help="continue with the run in this folder; needs no other option")
     group.add_argument("--dry-run", action="store_true", help="print what would be done and its cost, and stop")
     group.add_argument("--tokens-per-second", type=float, metavar="X", help="rate for the times of --dry-run")
 
@@ -153,7 +161,7 @@ def settings(options: Mapping[str, Any]) -> dict[str, Any]:
 def _default_backend() -> Backend:
     from transformers.utils import logging as transformers_logging
 
-    from dts.evaluation.backend import default_backend
+    from dts.evaluation.experiment.backend import default_backend
 
     transformers_logging.disable_progress_bar()  # it would tear up ours, and litter a log file
     return default_backend()
@@ -170,8 +178,8 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
         raise UsageError(f"--workers {here.workers} has no use with --engine local; add --engine ray")
     engine = find_engine(here.engine, here.workers)  # slow imports from here on: the options are known to be good
 
-    from dts.evaluation.results import RunFolder
-    from dts.evaluation.runner import run
+    from dts.evaluation.experiment.run import run
+    from dts.evaluation.run_folder import RunFolder
 
     backend = backend or _default_backend()
     plan = prepare(config, backend)
@@ -186,12 +194,14 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
             run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
     except KeyboardInterrupt:
         _show(folder.path, mode, quiet)
-        print(f"interrupted: partial results are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
+        print(
+            f"interrupted: partial results are in {folder.path}; continue with --resume {folder.path}", file=sys.stderr
+        )
         return INTERRUPTED
     except UsageError:
         raise
     except (DTSError, OSError) as error:
-        print(f"finished rollouts are in {folder.path}; go on with --resume {folder.path}", file=sys.stderr)
+        print(f"finished rollouts are in {folder.path}; continue with --resume {folder.path}", file=sys.stderr)
         return _fail(error, FAILED)
     _show(folder.path, mode, quiet)
     return OK
@@ -211,13 +221,14 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _print_plan(plan: Plan, resumed: Path | None, tokens_per_second: float | None) -> int:
-    from dts.evaluation.estimate import estimate
-    from dts.evaluation.results import read_jsonl
+    from dts.evaluation.experiment.estimate import estimate
+    from dts.evaluation.run_folder import read_jsonl
 
     if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
         raise UsageError(f"--tokens-per-second {tokens_per_second} is not allowed: it must be a number > 0")
-    samples = resumed / "samples.jsonl" if resumed else None
-    print(estimate(plan, read_jsonl(samples) if samples and samples.exists() else [], tokens_per_second))
+    file = resumed / "samples.jsonl" if resumed else None
+    done = cast("list[SampleRecord]", read_jsonl(file) if file and file.exists() else [])
+    print(estimate(plan, done, tokens_per_second))
     return OK
 
 

@@ -26,6 +26,7 @@ class Archive:
         """`like`: one tensor [heads, ?, dim] per layer and kind. max_rows: None for no limit."""
         self._columns = [tensor.new_zeros(0, tensor.shape[0], tensor.shape[2]) for tensor in like]
         self._max_rows = max_rows
+        self.nbytes = 0  # held, unused rows included
         self._row: OrderedDict[int, int] = OrderedDict()  # slot -> row, least recently used first
         self._free: list[int] = []
 
@@ -34,11 +35,6 @@ class Archive:
 
     def __len__(self) -> int:
         return len(self._row)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, unused rows included."""
-        return sum(column.nbytes for column in self._columns)
 
     def save(self, path: Sequence[int], lanes: Sequence[torch.Tensor], lane: int) -> None:
         """Keep what `lane` holds of `path`, as far as it is new and there is room. lanes: [lanes, heads, T, dim]."""
@@ -90,4 +86,5 @@ class Archive:
                 grown = old.new_zeros(rows, *old.shape[1:])
                 grown[:held] = old[:held]
                 self._columns[index] = grown
+                self.nbytes += grown.nbytes - old.nbytes
             self._free += range(held, rows)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import psutil
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dts.errors import UsageError
-from dts.lm import PROMPT_SLOT
-from dts.models.attention import ATTENTION
-from dts.models.loading import load_pretrained
+from dts.lm import Batch
+from dts.models.batch import Room, TreeBatch
+from dts.models.forest import Forest, Place, lane_length, lone
+from dts.models.loading import check_arguments, load_pretrained
+from dts.models.prefixes import Prefix, Segment
+from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
-from dts.models.sessions import RecomputeSession, TreeSession, full_logits
-from dts.models.treecache import Prefix
+from dts.models.rope import RopeLimit, context_length, rope_limits
+from dts.models.selfcheck import refuse_unless_causal, tree_problem
+from dts.models.sessions import RecomputeSession, TreeSession, prefill
+from dts.models.view import ModelView, core_of
+from dts.models.vocabulary import unknown_ids
 from dts.rewards import Prompt
 
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long prompts
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the self-check, absolute, in logits
-LOW_PRECISION_TOLERANCE = 0.25
 
 
 def load(
-    model: str | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -38,17 +42,20 @@ def load(
     models_file: str | Path | None = None,
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    allow_unknown_ids: bool = False,
 ) -> HFModel:
     """A language model to decode with.
 
     model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or a pair
-    (model, tokenizer) of Hugging Face objects. The other options are those of `dts.models.loading.load_pretrained`.
+    (model, tokenizer) of Hugging Face objects. allow_unknown_ids: keep ids in p that the tokenizer does not know.
+    The other options are those of `dts.models.loading.load_pretrained`.
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
+    check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):
-        return HFModel(*model)
-    spec = resolve(model, models_file) if isinstance(model, str) else model
+        return HFModel(*model, allow_unknown_ids=allow_unknown_ids)
+    spec = model if isinstance(model, ModelSpec) else resolve(str(model), models_file)
     loaded, tokenizer = load_pretrained(
         spec,
         device=device,
@@ -57,149 +64,196 @@ def load(
         trust_remote_code=trust_remote_code,
         quantization=quantization,
     )
-    return HFModel(loaded, tokenizer, spec.name)
+    return HFModel(loaded, tokenizer, spec.name, allow_unknown_ids=allow_unknown_ids)
 
 
 class HFModel:
     """A causal language model and its tokenizer.
 
-    `model` and `tokenizer` are the plain Hugging Face objects; nothing in them is changed between calls.
+    `model` and `tokenizer` are the plain Hugging Face objects. Nothing in them is ever changed, also not during a call:
+    every session works on a `ModelView`, so threads may share them, and the model may be in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        *,
+        allow_unknown_ids: bool = False,
+    ) -> None:
+        """allow_unknown_ids: whether ids that the tokenizer does not know (a padded head) are part of p."""
         if getattr(model.config, "is_encoder_decoder", False):
             raise UsageError(
                 f"{type(model).__name__} is an encoder-decoder model; only decoder-only (causal) models are supported"
             )
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self._core = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a LoRA wrapper
-        self.decoder = self._core.base_model  # the transformer without its head
-        configs = {id(module.config): module.config for module in self._core.modules() if hasattr(module, "config")}
-        self._configs = list(configs.values())  # attention modules read their implementation's name from these
+        self._core = core_of(model)
         text_config = model.config.get_text_config()
         self.vocab_size = int(text_config.vocab_size)
-        self.context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context_length = context_length(text_config)
         self.eos_ids = _eos_ids(model, tokenizer)
-        self._tree_shaped: bool | None = None  # not checked yet
+        self._allow_unknown_ids = allow_unknown_ids
+        self._lock = threading.Lock()  # of what is found out once, below
+        self._problem: str | None = None  # why the tree cache cannot be used
+        self._checked = self._knows_vocabulary = False
+        self._unknown: torch.Tensor | None = None  # ids, ascending
+        self._warned: set[str] = set()
         self._prefixes: WeakValueDictionary[tuple[int, ...], Prefix] = WeakValueDictionary()
+
+    @property
+    def decoder(self) -> Any:
+        """The transformer without its head."""
+        return self._core.base_model
 
     @property
     def device(self) -> torch.device:
         """Where token ids enter the model."""
-        device: torch.device = self._core.get_input_embeddings().weight.device
-        return device
+        embeddings = self._core.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
+        # A layer that accelerate keeps elsewhere says where it computes.
+        return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if prompt and isinstance(prompt[0], dict):
-            if not self.tokenizer.chat_template:
-                text = "".join(f"{m['role']}: {m['content']}\n" for m in prompt if isinstance(m, dict)) + "assistant:"
-                return list(self.tokenizer(text)["input_ids"])
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-            return list(ids)
-        return [int(token) for token in prompt if not isinstance(token, dict)]
+    def view(self) -> ModelView:
+        """The model as it is now, for one session: in eval mode, and with modules and configs of its own."""
+        return ModelView(self.model)
+
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        return encode(self, prompt, chat_template_kwargs)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def prefix(self, prompt: Prompt) -> Prefix:
+    def prefix(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> Prefix:
         """Prefill a prompt once for several calls: as long as the returned object lives, decoding the same prompt
-        starts from it, and the prompt's tokens count as `usage.cached_tokens` instead of as forwarded."""
-        ids = tuple(self.encode(prompt))
+        starts from it, and the prompt's tokens count as `usage.cached_tokens` instead of as forwarded. Holds nothing
+        for a model that the tree cache cannot serve."""
+        ids = tuple(self.encode(prompt, chat_template_kwargs))
         found = self._prefixes.get(ids)
         if found is None:
-            found = self._prefixes[ids] = self._prefill(ids)
+            served = self._tree_problem() is None
+            made = self._prefill(self.view(), ids) if served else Prefix(ids, [], [], torch.empty(0))
+            with self._lock:  # another thread may have been quicker, and its object is in use
+                found = self._prefixes.setdefault(ids, made)
         return found
 
-    @torch.inference_mode()
-    def _prefill(self, prompt_ids: Sequence[int]) -> Prefix:
-        cache = DynamicCache()
-        hidden = torch.empty(0)
-        for start in range(0, len(prompt_ids), PREFILL_CHUNK):
-            chunk = torch.tensor([list(prompt_ids[start : start + PREFILL_CHUNK])], device=self.device)
-            hidden = self.decoder(input_ids=chunk, past_key_values=cache, use_cache=True).last_hidden_state[0, -1]
-        keys = [layer.keys[0].contiguous() for layer in cache.layers]
-        return Prefix(tuple(prompt_ids), keys, [layer.values[0].contiguous() for layer in cache.layers], hidden)
+    def _prefill(self, view: ModelView, prompt_ids: Sequence[int]) -> Prefix:
+        return prefill(view, prompt_ids, self.device, chunk=self._prefill_chunk(len(prompt_ids)))
+
+    def _prefill_chunk(self, tokens: int) -> int:
+        """Tokens per forward call; all of them where a first part would get the frequencies of short sequences."""
+        crossed = any(limit.crossed(1, tokens) for limit in self._rope_limits())
+        return max(tokens, 1) if crossed else PREFILL_CHUNK
 
     def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
         """Lanes that fit into the bound, or into half of the device's free memory."""
-        config = self._core.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * dim * self._core.dtype.itemsize
+        token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
         free = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
         return max(1, (free - token * prompt_tokens) // (token * max_new_tokens))
 
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
     ) -> TreeSession | RecomputeSession:
-        if self._tree_shaped is None:
-            self._tree_shaped = self._check_tree_cache()
-        if not self._tree_shaped:
-            return RecomputeSession(self, prompt_ids)
-        kept = self._prefixes.get(tuple(prompt_ids))
-        session = TreeSession(
-            self,
-            kept or self._prefill(prompt_ids),
-            lanes=batch_size,
-            max_new_tokens=max_new_tokens,
-            max_kv_bytes=max_kv_bytes,
-        )
+        problem = self._tree_problem() or self._rope_problem(len(prompt_ids), max_new_tokens)
+        if problem is not None:
+            self._warn(problem)
+            return RecomputeSession(self.view, prompt_ids, self.device, self.unknown_ids())
+        kept = self.kept(prompt_ids)
+        session = TreeSession(*self.alone(prompt_ids, batch_size, max_new_tokens, max_kv_bytes))
         usage = session.usage
         if kept is not None:
             usage.cached_tokens = len(prompt_ids)
         else:
             usage.forwarded_tokens = usage.unique_tokens = len(prompt_ids)
-            usage.model_calls = -(-len(prompt_ids) // PREFILL_CHUNK)
+            usage.model_calls = -(-len(prompt_ids) // self._prefill_chunk(len(prompt_ids)))
         return session
 
-    @torch.inference_mode()
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] from the decoder's last hidden states [B, H]."""
-        config = self._core.config.get_text_config()
-        logits: torch.Tensor = self._core.get_output_embeddings()(hidden)
-        # The two factors and the cap that families put behind their head; the self-check would show another one.
-        factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1)
-        logits = logits if factor == 1 else logits * factor
-        cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+    def alone(
+        self, prompt_ids: Sequence[int], lanes: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> tuple[Forest, Segment, Place]:
+        """A forest for this prompt only, which went through the model."""
+        view = self.view()
+        return lone(
+            view,
+            self.kept(prompt_ids) or self._prefill(view, prompt_ids),
+            device=self.device,
+            lanes=lanes,
+            max_new_tokens=max_new_tokens,
+            max_kv_bytes=max_kv_bytes,
+            unknown=self.unknown_ids(),
+        )
 
-    @contextlib.contextmanager
-    def tree_attention(self) -> Iterator[None]:
-        """The model's attention reads a `TreeCache` inside this context."""
-        before = [config._attn_implementation for config in self._configs]
-        try:
-            for config in self._configs:
-                config._attn_implementation = ATTENTION
-            yield
-        finally:
-            for config, implementation in zip(self._configs, before, strict=True):
-                config._attn_implementation = implementation
+    def kept(self, prompt_ids: Sequence[int]) -> Prefix | None:
+        """What `prefix` prefilled, while the caller holds it."""
+        return self._prefixes.get(tuple(prompt_ids))
 
-    def _check_tree_cache(self) -> bool:
-        """Whether this architecture gives through the tree cache the logits that it gives without any cache."""
-        if not getattr(self._core, "_supports_attention_backend", False) or getattr(self._core, "_is_stateful", False):
-            reason = "its attention cannot be given another cache"
-        else:
-            ids = [i % self.vocab_size for i in range(1, 8)]
-            prompt, branches = ids[:3], (ids[3:5], ids[5:])
-            tree = TreeSession(self, self._prefill(prompt), lanes=2, max_new_tokens=3)
-            slots = tree.extend([PROMPT_SLOT] * 2, [branch[0] for branch in branches])
-            slots = tree.extend(slots, [branch[1] for branch in branches])
-            direct = torch.cat([full_logits(self, [*prompt, *branch]) for branch in branches])
-            error = (tree.logits(slots).float() - direct.float()).abs().max().item()
-            # A trained model's logits reach 30 and more, and rounding errors grow with them.
-            size = max(1.0, direct.abs().max().item() / 10)
-            if error <= size * TOLERANCE.get(direct.dtype, LOW_PRECISION_TOLERANCE):
-                return True
-            reason = f"its logits differ by {error:.3g}"
-        log.warning(
-            "%s: %s (%s) cannot use the tree cache; every prefix is recomputed from its first token, which is slow "
-            "and counted in usage.recomputed_tokens", self.name, type(self._core).__name__, reason,
-        )  # fmt: skip
-        return False
+    def batch(self, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None = None) -> Batch | None:
+        """Sessions of up to `prompts` prompts in one batch; None for a model that the tree cache cannot serve."""
+        if self._tree_problem() is not None:
+            return None
+        token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
+        bound = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
+        return TreeBatch(self, Room(bound, token, prompts, width, lane_length(max_new_tokens)), max_new_tokens)
+
+    def grows_with_length(self, prompt_tokens: int, max_new_tokens: int) -> bool:
+        """Whether positions get other frequencies within these lengths, which neighbours in a batch would share."""
+        return any(limit.crossed(1, prompt_tokens + max_new_tokens) for limit in self._rope_limits())
+
+    def _tree_problem(self) -> str | None:
+        """Why the tree cache cannot serve this architecture. Raises `UsageError` where nothing can."""
+        with self._lock:
+            if not self._checked:
+                self._problem = tree_problem(self.view, self.vocab_size, self.device)
+                if self._problem is not None:
+                    refuse_unless_causal(self.view, self.vocab_size, self.device)
+                self._checked = True
+            return self._problem
+
+    def _rope_limits(self) -> list[RopeLimit]:
+        return rope_limits(self._core.config.get_text_config())
+
+    def _rope_problem(self, prompt_tokens: int, max_new_tokens: int) -> str | None:
+        """Why these lengths cannot be served: logits are read after up to max_new_tokens - 1 new tokens."""
+        longest = prompt_tokens + max_new_tokens - 1
+        return next((str(limit) for limit in self._rope_limits() if limit.crossed(prompt_tokens, longest)), None)
+
+    def unknown_ids(self) -> torch.Tensor | None:
+        """Ids of probability 0, found once for a model; None where there are none."""
+        with self._lock:
+            if not self._knows_vocabulary and not self._allow_unknown_ids:
+                ids = [token for token in unknown_ids(self.tokenizer, self.vocab_size) if token not in self.eos_ids]
+                self._unknown = torch.tensor(ids, device=self.device) if ids else None
+                self._knows_vocabulary = True
+            return self._unknown
+
+    def _warn(self, problem: str) -> None:
+        if problem not in self._warned:
+            self._warned.add(problem)
+            log.warning(
+                "%s: %s (%s) cannot use the tree cache; every prefix is recomputed from its first token, which is slow "
+                "and counted in usage.recomputed_tokens", self.name, type(self._core).__name__, problem,
+            )  # fmt: skip
+
+
+def _kv_elements(config: Any) -> int:
+    """Numbers that keys and values of one token take, about; for models without attention, those of a hidden state."""
+    layers, hidden = (_most(config, name) or 1 for name in ("num_hidden_layers", "hidden_size"))
+    heads = _most(config, "num_attention_heads")
+    if not heads:
+        return hidden
+    kept = _most(config, "num_key_value_heads") or heads
+    return 2 * layers * kept * (_most(config, "head_dim") or -(-hidden // heads))
+
+
+def _most(config: Any, name: str) -> int:
+    """A number of a config, which may be given layer by layer; 0 if there is none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # "may vary across layers", an error of a type that not every version has
+        value = [getattr(layer, name, None) for layer in config.per_layer_config]
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return max((int(number) for number in numbers if number is not None), default=0)
 
 
 def _free_bytes(device: torch.device) -> int:

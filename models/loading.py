@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dts import fetch
-from dts.errors import DTSError, UnavailableError, UsageError
+from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.models.registry import ModelSpec, resolve
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,32 @@ def load_pretrained(
     if options["device_map"] is None:
         model.to(where)
     return model.eval(), tokenizer
+
+
+def check_arguments(
+    model: Any, device: Any, dtype: Any, device_map: Any, models_file: Any, trust_remote_code: Any, quantization: Any
+) -> None:
+    """Raise `UsageError` for an argument of `load` of a type that it does not take."""
+
+    def require(fits: bool, option: str, value: object, allowed: str) -> None:
+        if not fits:
+            raise UsageError(f"{option}={shown(value)} is not allowed; give {allowed}")
+
+    if isinstance(model, tuple):
+        require(len(model) == 2 and isinstance(model[0], torch.nn.Module) and hasattr(model[0], "config"), "model",
+                tuple(type(part) for part in model), "a pair (model, tokenizer) of Hugging Face objects")  # fmt: skip
+        require(callable(model[1]) and hasattr(model[1], "decode") and hasattr(model[1], "eos_token_id"), "tokenizer",
+                type(model[1]).__name__, "a Hugging Face tokenizer as second of the pair")  # fmt: skip
+    else:
+        require(isinstance(model, (str, Path, ModelSpec)), "model", model,
+                "a registry name, a hub id, a folder, or a pair (model, tokenizer)")  # fmt: skip
+    require(device is None or isinstance(device, (str, torch.device)), "device", device, "cpu, cuda, cuda:0 or mps")
+    require(dtype is None or isinstance(dtype, str) or (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+            "dtype", dtype, f"one of {', '.join(DTYPES)}")  # fmt: skip
+    require(device_map is None or isinstance(device_map, (str, dict)), "device_map", device_map, "'auto' or a dict")
+    require(models_file is None or isinstance(models_file, (str, Path)), "models_file", models_file, "a path or None")
+    require(isinstance(trust_remote_code, bool), "trust_remote_code", trust_remote_code, "True or False")
+    require(quantization is None or isinstance(quantization, str), "quantization", quantization, "8bit, 4bit or None")
 
 
 def check_available(spec: ModelSpec | str) -> None:
@@ -122,7 +148,7 @@ def _from_pretrained(name: str, source: str, **options: Any) -> tuple[Any, Any]:
     model, report = AutoModelForCausalLM.from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **options
     )
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers in their place
+    if missing := sorted(report["missing_keys"]):  # transformers would continue with random numbers in their place
         raise UnavailableError(
             f"model {name!r}: {source} lacks {len(missing)} weights, the first of them {missing[0]}; get the "
             "complete checkpoint"
@@ -192,7 +218,7 @@ def _reach_hub(spec: ModelSpec) -> None:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
     start = f"model {spec.name!r} ({spec.source})"
-    local = "or put a local folder behind the name with --models-file"
+    local = "or give the name a local folder with --models-file"
     try:
         get_hf_file_metadata(hf_hub_url(spec.source, "config.json"), timeout=HUB_TIMEOUT)
     except GatedRepoError as error:

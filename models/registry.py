@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def resolve(name: str, models_file: str | Path | None = None) -> ModelSpec:
     known = MODEL_CONFIGS | (read_models_file(models_file) if models_file is not None else {})
     if name in known:
         return known[name]
-    if name and Path(name).expanduser().is_dir():
+    if name and os.path.isdir(os.path.expanduser(name)):  # False, where Path raises, for names that are too long
         return ModelSpec(name, "folder", str(Path(name).expanduser()), color_for(name))
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return ModelSpec(name, "hub", name, color_for(name))

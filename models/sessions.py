@@ -2,103 +2,133 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
+from transformers import DynamicCache
 
-from dts.errors import UnavailableError
 from dts.lm import PROMPT_SLOT
-from dts.memory import REMEDY, first_line, is_out_of_memory, release
-from dts.models.treecache import Prefix, TreeCache
+from dts.models.forest import Forest, Place
+from dts.models.prefixes import Prefix, Segment
+from dts.models.treecache import TreeCache
+from dts.models.view import ModelView, Viewable
+from dts.models.vocabulary import without
 from dts.results import Usage
-
-if TYPE_CHECKING:
-    from dts.models.huggingface import HFModel
-
-log = logging.getLogger(__name__)
 
 
 class TreeSession:
-    """One prompt's tree in a `TreeCache`: each token enters the model once, unless a memory bound gave it up."""
+    """One prompt's tree in a `Forest`: each token enters the model once, unless a memory bound gave it up.
+
+    prompt: where the prompt ends. place: the tree's lanes. reopen: gives the session a forest of its own when it is
+    used after `close`.
+    """
 
     def __init__(
-        self, lm: HFModel, prefix: Prefix, *, lanes: int, max_new_tokens: int, max_kv_bytes: int | None = None
+        self,
+        forest: Forest,
+        prompt: Segment,
+        place: Place,
+        reopen: Callable[[], tuple[Forest, Segment, Place]] | None = None,
     ) -> None:
-        self._lm, self.usage = lm, Usage(prompt_tokens=len(prefix))
-        self.cache = TreeCache(prefix, lanes, max_new_tokens - 1, max_kv_bytes)
-        self._hidden = prefix.hidden.new_zeros(256, prefix.hidden.shape[-1])  # [slots, H]
-        self._hidden[PROMPT_SLOT] = prefix.hidden
-        self._at_once = lanes  # rows of a forward call; fewer once memory has run out
+        self.prompt: Segment | None = prompt
+        self._forest: Forest | None = forest
+        self._reopen = reopen
+        self.usage = Usage(prompt_tokens=prompt.stop)
+        self.cache = TreeCache(prompt.stop, forest.lanes, place.first, place.count, place.archive_rows)
+        self._unheard: set[int] = set()  # slots whose hidden state was given up by `close`
+        self._fresh_row: dict[int, int] = {}  # by slot: its row in what the last forward call of many trees gave
+        self._fresh = torch.empty(0)  # logits, [B, V]
+        self._settle(prompt)
+
+    def _settle(self, prompt: Segment) -> None:
+        last = prompt.held.hidden[-1]
+        self._hidden = last.new_zeros(max(256, len(self.cache)), len(last))  # [slots, H]
+        self._hidden[PROMPT_SLOT] = last
         self._note_memory()
 
+    @property
+    def forest(self) -> Forest:
+        """Where its tokens go through the model; opened again if the session was closed."""
+        if self._forest is None:
+            assert self._reopen is not None
+            self._forest, self.prompt, place = self._reopen()
+            self.cache.move(self._forest.lanes, place.first, place.count, place.archive_rows)
+            self.usage.forwarded_tokens += self.prompt.stop
+            self.usage.recomputed_tokens += self.prompt.stop
+            self._settle(self.prompt)
+        return self._forest
+
+    def close(self) -> None:
+        """Give up everything it holds. It may still be used: then it is recomputed, and counted."""
+        if self._forest is not None:
+            self.cache.clear()
+            self._forest = self.prompt = None
+            self._hidden = self._hidden[:0]
+            self._drop_logits()
+            self._unheard = set(range(1, len(self.cache)))
+
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """In one call where memory allows, otherwise in smaller and smaller ones: the numbers are the same and every
-        token is counted once, so no search can tell. Raises `UnavailableError` where even one row finds no room."""
-        left = slots = [self.cache.add(parent, token) for parent, token in zip(parents, tokens, strict=True)]
-        while left:
-            part, behind = left[: self._at_once], self.cache.parents(left)
-            while lost := [slot for parent in behind[: len(part)] for slot in self.cache.missing(parent)[:1]]:
-                self._forward(lost[:1], reserved=behind)
-                self.usage.recomputed_tokens += 1
-            if self._forward(part, reserved=behind[len(part) :]):
-                left = left[len(part) :]
-        return slots
-
-    def _forward(self, slots: Sequence[int], reserved: Sequence[int]) -> bool:
-        """Send slots through the model. False where memory ran out: nothing happened, but fewer go at once now."""
-        try:
-            self._forward_all(slots, reserved)
-            return True
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.cache.undo(slots)
-            self._halve(len(slots), error)
-        release()  # outside the handler, whose traceback keeps the tensors of the failed call
-        return False
-
-    def _halve(self, rows: int, error: BaseException) -> None:
-        if rows == 1:
-            raise UnavailableError(f"out of memory with one path at a time ({first_line(error)}); {REMEDY}") from error
-        self._at_once = rows // 2
-        log.warning("out of memory with %d paths in one call: going on with %d (%s)", rows, self._at_once,
-                    first_line(error))  # fmt: skip
+        return self.forest.extend([(self, parents, tokens)])[0]
 
     @torch.inference_mode()
-    def _forward_all(self, slots: Sequence[int], reserved: Sequence[int]) -> None:
-        ordered, tokens, positions = self.cache.begin(slots, reserved)
-        device = self._lm.device
-        with self._lm.tree_attention():
-            output = self._lm.decoder(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        while max(ordered) >= len(self._hidden):
+    def logits(self, slots: Sequence[int]) -> torch.Tensor:
+        if all(slot in self._fresh_row for slot in slots):
+            return self._fresh[_index([self._fresh_row[slot] for slot in slots], self._fresh.device)].clone()
+        forest = self.forest
+        for slot in slots:
+            while slot in self._unheard:
+                forest.recompute(self, self.cache.missing(slot)[:1], reserved=[slot])
+        return forest.logits(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])
+
+    # -- what the forest calls -------------------------------------------------------------------------------------
+
+    def keep(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
+        """Last hidden states [B, H] of slots that went through the model in one call."""
+        self._drop_logits()
+        while max(slots) >= len(self._hidden):
             self._hidden = torch.cat([self._hidden, torch.zeros_like(self._hidden)])
-        self._hidden[torch.tensor(ordered, device=self._hidden.device)] = output.last_hidden_state[0]
-        self.usage.forwarded_tokens += len(tokens)
+        self._hidden[_index(slots, self._hidden.device)] = hidden
+        self._unheard.difference_update(slots)
+        self.usage.forwarded_tokens += len(slots)
         self.usage.model_calls += 1
         self._note_memory()
 
+    def keep_logits(self, slots: Sequence[int], logits: torch.Tensor) -> None:
+        """Logits [B, V] of slots, until the next forward call."""
+        self._fresh_row, self._fresh = {slot: row for row, slot in enumerate(slots)}, logits
+
+    def _drop_logits(self) -> None:
+        self._fresh_row, self._fresh = {}, torch.empty(0)
+
     def _note_memory(self) -> None:
-        self.usage.kv_bytes = max(self.usage.kv_bytes, self.cache.bytes() + self._hidden.nbytes)
+        prompt = sum(segment.held.nbytes for segment in self.prompt.chain()) if self.prompt else 0
+        self.usage.kv_bytes = max(self.usage.kv_bytes, prompt + self.cache.bytes() + self._hidden.nbytes)
         self.usage.kv_tokens = max(self.usage.kv_tokens, self.cache.held_tokens())
 
-    def logits(self, slots: Sequence[int]) -> torch.Tensor:
-        return self._lm.head(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])
+
+def _index(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Rows of a tensor: without another tensor where they follow each other, which is usual."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(list(rows), device=device)
 
 
 class RecomputeSession:
-    """The slow correct path: every prefix is sent from its first token, and counted."""
+    """The slow correct path: every prefix is sent from its first token, and counted.
 
-    def __init__(self, lm: HFModel, prompt_ids: Sequence[int]) -> None:
-        self._lm, self._prompt_length = lm, len(prompt_ids)
+    view: makes a new one for each call, because a model may remember the longest sequence it saw.
+    """
+
+    def __init__(
+        self,
+        view: Callable[[], ModelView],
+        prompt_ids: Sequence[int],
+        device: torch.device,
+        unknown: torch.Tensor | None = None,
+    ) -> None:
+        self._view, self._device, self._unknown = view, device, unknown
         self._ids: list[tuple[int, ...]] = [tuple(prompt_ids)]  # by slot
-        self._logits = [full_logits(lm, prompt_ids)[0]]  # by slot, [V]
+        self._logits = [self._forward(prompt_ids)]  # by slot, [V]
         count = len(prompt_ids)
         self.usage = Usage(prompt_tokens=count, forwarded_tokens=count, unique_tokens=count, model_calls=1)
 
@@ -107,19 +137,77 @@ class RecomputeSession:
         for parent, token in zip(parents, tokens, strict=True):
             ids = (*self._ids[parent], token)
             self._ids.append(ids)
-            self._logits.append(full_logits(self._lm, ids)[0])
+            self._logits.append(self._forward(ids))
             self.usage.forwarded_tokens += len(ids)
             self.usage.recomputed_tokens += len(ids) - 1
             self.usage.model_calls += 1
         return list(range(first, len(self._ids)))
 
+    @torch.inference_mode()
+    def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[V]; a copy, so that the logits of the other positions are given up."""
+        return without(self._unknown, whole_logits(self._view(), token_ids, self._device)[0, -1].clone())
+
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         return torch.stack([self._logits[slot] for slot in slots])
 
 
+class Prefill:
+    """A prompt on its way through the model, in pieces, after what earlier prompts share with it."""
+
+    def __init__(self, view: ModelView, token_ids: Sequence[int], device: torch.device, behind: Segment | None = None):
+        """token_ids: the whole prompt. behind: the end of what went through the model already."""
+        self._view, self._ids, self._device = view, tuple(token_ids), device
+        self._first = self._next = behind.stop if behind else 0
+        self._hidden: list[torch.Tensor] = []
+        self._cache = DynamicCache()
+        for index, layer in enumerate(zip(*map(_layers, behind.chain()), strict=True) if behind else ()):
+            keys, values = (torch.cat(parts, dim=1)[None] for parts in zip(*layer, strict=True))
+            self._cache.update(keys, values, index)
+        self.calls = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens that have not been sent."""
+        return len(self._ids) - self._next
+
+    @torch.inference_mode()
+    def send(self, tokens: int) -> None:
+        """Send the next tokens."""
+        ids = torch.tensor([self._ids[self._next : self._next + tokens]], device=self._device)
+        output = self._view.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._hidden.append(output.last_hidden_state[0])
+        self._next += ids.shape[1]
+        self.calls += 1
+
+    @torch.inference_mode()
+    def prefix(self) -> Prefix:
+        """What was sent, once all of it was."""
+        layers = self._cache.layers
+        keys, values = ([t[0][:, self._first :].contiguous() for t in kind]
+                        for kind in ([layer.keys for layer in layers], [layer.values for layer in layers]))  # fmt: skip
+        return Prefix(self._ids[self._first :], keys, values, torch.cat(self._hidden))
+
+
+def _layers(segment: Segment) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(segment.held.keys, segment.held.values, strict=True))
+
+
+def prefill(view: ModelView, prompt_ids: Sequence[int], device: torch.device, *, chunk: int) -> Prefix:
+    """Send a prompt through the model, `chunk` tokens at a time."""
+    sent = Prefill(view, prompt_ids, device)
+    while sent.left:
+        sent.send(chunk)
+    return sent.prefix()
+
+
 @torch.inference_mode()
-def full_logits(lm: HFModel, token_ids: Sequence[int]) -> torch.Tensor:
-    """Next-token logits [1, V] after a sequence, by the plain model without any cache."""
-    ids = torch.tensor([list(token_ids)], device=lm.device)
-    logits: torch.Tensor = lm.model(input_ids=ids, use_cache=False).logits[:, -1]
+def whole_logits(view: ModelView, token_ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Logits [1, T, V] of a sequence, by plain attention and without any cache."""
+    logits: torch.Tensor = view.model(input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False).logits
     return logits
+
+
+def full_logits(lm: Viewable, token_ids: Sequence[int]) -> torch.Tensor:
+    """Next-token logits [1, V] after a sequence, ids outside the tokenizer included."""
+    return whole_logits(lm.view(), token_ids, lm.device)[:, -1]

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.lm import PROMPT_SLOT
+from dts.models.prompts import token_ids
 from dts.results import Usage
 from dts.rewards import Prompt
+from dts.settings import check_text
 
 Logits = Callable[[tuple[int, ...]], np.ndarray]
 
@@ -44,12 +47,18 @@ class TableModel:
     def eos_ids(self) -> frozenset[int]:
         return frozenset() if self.eos is None else frozenset([self.eos])
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        if chat_template_kwargs:
+            raise UsageError(f"chat_template_kwargs={shown(chat_template_kwargs)}: a table model has no chat template")
         if isinstance(prompt, str):
-            return [int(part) for part in prompt.split()]
-        if any(not isinstance(token, int) for token in prompt):
-            raise UsageError(f"prompt={prompt!r}: a table model takes token ids or a string of them")
-        return [int(token) for token in prompt if isinstance(token, int)]
+            check_text("prompt", prompt)
+            try:
+                prompt = [int(part) for part in prompt.split()]
+            except ValueError as error:
+                raise UsageError(
+                    f"prompt={shown(prompt)}: a table model takes token ids or a string of them"
+                ) from error
+        return token_ids(prompt, None)  # a table may answer any prefix
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"{token} " for token in token_ids if token not in self.eos_ids)

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 from dts.search.beam import Beam
 from dts.search.consensus import SelfConsistency
-from dts.search.loop import Method, Search, run
 from dts.search.maxent import MaxEnt
+from dts.search.maxent.valuemodel import OnlineValues, ValueModel
 from dts.search.mcts import MCTS
+from dts.search.method import GeneratorRun, Method, Outcome, Run
 from dts.search.particles import ParticleFilter
+from dts.search.run import run
 from dts.search.sampling import BestOfN, Greedy, Sampling
+from dts.search.search import Search
 from dts.settings import Budget
 
 METHODS: dict[str, Callable[[int, float], Method]] = {
@@ -34,12 +37,17 @@ __all__ = [
     "Beam",
     "BestOfN",
     "Budget",
+    "GeneratorRun",
     "Greedy",
     "MaxEnt",
     "Method",
+    "OnlineValues",
+    "Outcome",
     "ParticleFilter",
+    "Run",
     "Sampling",
     "Search",
     "SelfConsistency",
+    "ValueModel",
     "run",
 ]

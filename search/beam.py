@@ -8,24 +8,24 @@ et al., arXiv 2408.03314), and with groups, diverse verifier tree search (DVTS, 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from dts.errors import UsageError
+from dts.search.method import GeneratorRun, Run, Steps, ranked_by
+from dts.search.paths import Path
 from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, evaluate, grow, worth
-from dts.search.walkers import Walker
-from dts.settings import Budget
+from dts.settings import Budget, check_real
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 
 class _Group:
@@ -43,7 +43,7 @@ class Beam:
     width: paths extended together. reward_weight: >= 0; prefixes count what their reward has earned, or the reward of
     the text so far where it says nothing before the end. groups: independent beams that share the width; they differ
     by their first token, or by their draws. segment: tokens, or a string that ends a step. branch: with segments longer
-    than a token, segments drawn behind each kept prefix, so width / branch prefixes are kept.
+    than a token, segments drawn after each kept prefix, so width / branch prefixes are kept.
     """
 
     width: int
@@ -53,7 +53,6 @@ class Beam:
     groups: int = 1
     segment: Segment = 1
     branch: int = 4
-    name: str = field(default="beam", init=False)
 
     def __post_init__(self) -> None:
         for option in ("width", "groups", "branch"):
@@ -61,12 +60,12 @@ class Beam:
         check_segment(self.segment)
         if self.width % self.groups:
             raise UsageError(f"groups={self.groups!r} is not allowed; give a divisor of width={self.width}")
-        if not math.isfinite(self.length_penalty):
-            raise UsageError(f"length_penalty={self.length_penalty!r} is not allowed; give a finite number")
-        if not 0 <= self.reward_weight < math.inf:
-            raise UsageError(f"reward_weight={self.reward_weight!r} is not allowed; give a number >= 0")
-        if self.reward_weight > 0:
-            object.__setattr__(self, "name", "beam-guided")
+        check_real("length_penalty", self.length_penalty, math.isfinite, "a finite number")
+        check_real("reward_weight", self.reward_weight, lambda x: 0 <= x < math.inf, "a number >= 0")
+
+    @property
+    def name(self) -> str:
+        return "beam-guided" if self.reward_weight > 0 else "beam"
 
     def batch_size(self) -> int:
         return self.width
@@ -75,8 +74,10 @@ class Beam:
         """None: how many sequences finish before the beam stops is not known."""
         return Budget()
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        search.rank = functools.partial(self._rank, search)
+    def start(self, search: Search) -> Run:
+        return GeneratorRun(search, self._steps(search), rank=lambda: self._rank(search))
+
+    def _steps(self, search: Search) -> Steps:
         records, indices = Records(search), itertools.count()
         groups = [_Group() for _ in range(self.groups)]
         while groups:
@@ -87,26 +88,25 @@ class Beam:
                     ranked = [n for n, _ in self._ranked(search, proposals[0])]
                     proposals = [ranked[i :: self.groups] for i in range(self.groups)]
             else:
-                paths = [[Walker(search.rng(next(indices)), n) for n in self._spread(g.live)] for g in groups]
-                yield from grow(search, records, [walker for of_group in paths for walker in of_group], self.segment)
+                paths = [[Path(search.rng(next(indices)), n) for n in self._spread(g.live)] for g in groups]
+                yield from grow(search, records, [path for of_group in paths for path in of_group], self.segment)
                 if search.exhausted():
-                    search.cut_short = True
-                    return
-                proposals = [list(dict.fromkeys(w.node for w in of_group)) for of_group in paths]
+                    return True
+                proposals = [list(dict.fromkeys(path.node for path in of_group)) for of_group in paths]
             for group, nodes in zip(groups, proposals, strict=True):
                 self._select(search, records, group, nodes)
             if search.exhausted():
-                search.cut_short = any(group.live for group in groups)
-                return
+                return any(group.live for group in groups)
             groups = [group for group in groups if group.live]
+        return False
 
     def _spread(self, live: list[int]) -> list[int]:
-        """Kept prefixes, as often as segments are drawn behind each."""
+        """Kept prefixes, as often as segments are drawn after each."""
         size = self.width // self.groups
         return list(itertools.islice(itertools.cycle(live), size))
 
     def _tokens(self, search: Search, live: list[int]) -> list[int]:
-        """Children of the kept prefixes with their most likely tokens, enough that as many go on as are kept even if
+        """Children of the kept prefixes with their most likely tokens, enough that as many continue as are kept even if
         the best of them end."""
         log_p = search.probabilities(live).log()
         count = max(2, 1 + len(search.lm.eos_ids)) * self.width // self.groups
@@ -141,7 +141,7 @@ class Beam:
         ranked = self._ranked(search, nodes)
         ended = [(node, score) for node, score in ranked[:size] if tree.terminal[node]]
         if self.segment == 1:  # drawn ones were recorded when they ended
-            records.finish([node for node, _ in ended])
+            records.add([node for node, _ in ended])
         group.finished = sorted([*group.finished, *(score for _, score in ended)], reverse=True)[:size]
         keep = size if self.segment == 1 else max(1, size // self.branch)
         group.live = [node for node, _ in ranked if not tree.terminal[node]][:keep]
@@ -150,7 +150,7 @@ class Beam:
             if hoped <= group.finished[-1]:
                 group.live = []
 
-    def _rank(self, search: Search, leaves: Sequence[int]) -> list[tuple[float, ...]]:
+    def _rank(self, search: Search) -> list[int]:
         """By reward; among equal rewards, or without one, by the beam's own score."""
         rewards = search.tree.reward
-        return [(rewards[leaf], self._score(search, leaf, rewards[leaf])) for leaf in leaves]
+        return ranked_by(search, lambda leaf: (rewards[leaf], self._score(search, leaf, rewards[leaf])))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
+from dts.search.method import GeneratorRun, Run, ranked_by
+from dts.search.paths import rollouts
 from dts.search.sampling import Ancestral, check_size
-from dts.search.walkers import rollouts
-from dts.settings import Budget
+from dts.settings import Budget, check_callable
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,14 @@ class SelfConsistency:
     extract: Callable[[str], Hashable | None] = str.strip
     _: KW_ONLY
     weighted: bool = False
-    name: str = field(default="self-consistency", init=False)
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
-        if self.weighted:
-            object.__setattr__(self, "name", "weighted-best-of-n")
+        check_callable("extract", self.extract, "a function from a completion's text to its answer")
+
+    @property
+    def name(self) -> str:
+        return "weighted-best-of-n" if self.weighted else "self-consistency"
 
     def batch_size(self) -> int:
         return min(self.n, 16)
@@ -41,17 +43,19 @@ class SelfConsistency:
     def budget(self) -> Budget:
         return Budget(rollouts=self.n)
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        search.rank = functools.partial(self._rank, search)
-        return rollouts(search, Ancestral(search.tree))
+    def start(self, search: Search) -> Run:
+        return GeneratorRun(search, rollouts(search, Ancestral(search)), rank=lambda: self._rank(search))
 
-    def _rank(self, search: Search, leaves: Sequence[int]) -> list[tuple[float, ...]]:
+    def _rank(self, search: Search) -> list[int]:
         low = min([0.0, *(rollout.reward for rollout in search.rollouts)])
         votes: dict[Hashable, float] = {}
         for rollout in search.rollouts:
             answer = self.extract(rollout.text)
             if answer is not None:
                 votes[answer] = votes.get(answer, 0.0) + (rollout.reward - low if self.weighted else 1.0)
-        answers = [self.extract(search.finished(leaf).text) for leaf in leaves]
-        counts = [-1.0 if answer is None else votes.get(answer, 0.0) for answer in answers]
-        return [(count, search.tree.reward[leaf]) for count, leaf in zip(counts, leaves, strict=True)]
+
+        def count(leaf: int) -> tuple[float]:
+            answer = self.extract(search.finished(leaf).text)
+            return (-1.0 if answer is None else votes.get(answer, 0.0),)
+
+        return ranked_by(search, count)

@@ -8,20 +8,21 @@ beyond the search tree stays in the token tree, so a later rollout that follows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from dts.errors import UsageError
+from dts.search.choice import Choice
+from dts.search.method import GeneratorRun, Run
+from dts.search.paths import Path, Plain, rollouts
 from dts.search.sampling import Ancestral, check_size
-from dts.search.walkers import Plain, Walker, rollouts
-from dts.settings import Budget
+from dts.settings import Budget, check_real
 from dts.tree import NONE, ROOT
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +39,16 @@ class MCTS:
     puct: bool = True
     bonus: float = 1.25
     value: str = "mean"
-    name: str = field(default="mcts", init=False)
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
-        if not 0 <= self.bonus < math.inf:
-            raise UsageError(f"bonus={self.bonus!r} is not allowed; give a number >= 0")
+        check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0")
         if self.value not in ("mean", "max"):
             raise UsageError(f"value={self.value!r} is not known; give 'mean' or 'max'")
-        if not self.puct:
-            object.__setattr__(self, "name", "uct")
+
+    @property
+    def name(self) -> str:
+        return "mcts" if self.puct else "uct"
 
     def batch_size(self) -> int:
         """As `MaxEnt`: a quarter of the rollouts, so that later paths learn from earlier ones, but at least 4."""
@@ -56,12 +57,12 @@ class MCTS:
     def budget(self) -> Budget:
         return Budget(rollouts=self.rollouts)
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        return rollouts(search, _Confidence(search, self))
+    def start(self, search: Search) -> Run:
+        return GeneratorRun(search, rollouts(search, _Confidence(search, self)))
 
 
 class _Statistics:
-    """A node of the search tree: its children there, and what the rollouts through it came to."""
+    """A node of the search tree: its children there, and what the rollouts through it gave."""
 
     __slots__ = ("best", "children", "finished", "next_token", "selected", "total")
 
@@ -74,55 +75,58 @@ class _Statistics:
 
 
 class _Confidence(Plain):
-    """The tree policy inside the search tree, draws from p beyond it."""
+    """The tree policy inside the search tree, draws from p beyond it: a path's note says whether it is beyond."""
 
     def __init__(self, search: Search, settings: MCTS) -> None:
-        self._search, self._settings = search, settings
+        super().__init__(search)
+        self._settings = settings
         self._nodes = {ROOT: _Statistics()}  # the search tree
-        self._draws = Ancestral(search.tree)
+        self._draws = Ancestral(search)
         self._low, self._high = math.inf, -math.inf
 
-    def select(self, walker: Walker) -> int:
-        if walker.explores:  # beyond the search tree: simulate
-            return self._draws.select(walker)
-        here = self._nodes[walker.node]
-        if walker.node == ROOT:
-            here.selected += 1
-        child = self._puct(walker, here) if self._settings.puct else self._uct(walker, here)
+    def launch(self, path: Path) -> None:
+        path.note = False
+        self._nodes[ROOT].selected += 1
+
+    def select(self, path: Path) -> int | Choice:
+        if path.note:
+            return self._draws.select(path)
+        here = self._nodes[path.node]
+        child = self._puct(path, here) if self._settings.puct else self._uct(path, here)
         if child not in self._nodes:
             self._nodes[child] = _Statistics()
             here.children.append(child)
             here.next_token = None
-            walker.explores = True
+            path.note = True
         self._nodes[child].selected += 1
         return child
 
-    def _puct(self, walker: Walker, here: _Statistics) -> int:
+    def _puct(self, path: Path, here: _Statistics) -> int:
         """Q + c p(a|s) sqrt(N(s)) / (1 + N(sa)); a token that was never tried has the mean value of its parent."""
         weight = self._settings.bonus * math.sqrt(here.selected)
         best, best_score = NONE, -math.inf
         for child in here.children:
-            bonus = math.exp(self._search.tree.log_p[child]) / (1 + self._nodes[child].selected)
+            bonus = math.exp(self.search.tree.log_p[child]) / (1 + self._nodes[child].selected)
             score = self._value(child, here) + weight * bonus
             if score > best_score:
                 best, best_score = child, score
         if here.next_token is None:
-            mass = self._outside(walker.node, here)
+            mass = self._outside(path.node, here)
             token = int(mass.argmax())
             here.next_token = token, float(mass[token])
         token, p = here.next_token
         if p > 0 and (best == NONE or self._scaled(_mean(here)) + weight * p > best_score):
-            return self._take(walker, token)
+            return self._take(path, token)
         return best
 
-    def _uct(self, walker: Walker, here: _Statistics) -> int:
+    def _uct(self, path: Path, here: _Statistics) -> int:
         """Q + c sqrt(log N(s) / N(sa)) over at most sqrt(N(s)) children."""
         if len(here.children) < math.sqrt(here.selected):
-            cumulative = self._outside(walker.node, here).cumsum(-1)
+            cumulative = self._outside(path.node, here).cumsum(-1)
             if cumulative[-1] > 0:
-                target = cumulative[-1:] * walker.rng.random()
+                target = cumulative[-1:] * path.rng.random()
                 token = int(torch.searchsorted(cumulative, target, right=True))
-                return self._take(walker, min(token, len(cumulative) - 1))
+                return self._take(path, min(token, len(cumulative) - 1))
         log_n = math.log(here.selected)
         return max(
             here.children,
@@ -131,16 +135,16 @@ class _Confidence(Plain):
 
     def _outside(self, node: int, here: _Statistics) -> torch.Tensor:
         """p(. | node), [V], with 0 for tokens that are children in the search tree."""
-        p = self._search.probabilities([node])[0].clone()
-        p[[self._search.tree.token[child] for child in here.children]] = 0.0
+        p = self.search.probabilities([node])[0].clone()
+        p[[self.search.tree.token[child] for child in here.children]] = 0.0
         return p
 
-    def _take(self, walker: Walker, token: int) -> int:
-        tree = self._search.tree
+    def _take(self, path: Path, token: int) -> int:
+        tree = self.search.tree
         nodes = len(tree)
-        (child,) = self._search.take([walker.node], [token])
-        if child >= nodes and walker.start_depth < 0:
-            walker.start_depth = tree.depth[walker.node]
+        (child,) = self.search.take([path.node], [token])
+        if child >= nodes and path.left_at is None:
+            path.left_at = tree.depth[path.node]
         return child
 
     def _value(self, node: int, parent: _Statistics) -> float:
@@ -152,8 +156,8 @@ class _Confidence(Plain):
     def _scaled(self, reward: float) -> float:
         return (reward - self._low) / (self._high - self._low) if self._high > self._low else 0.0
 
-    def finish(self, walker: Walker) -> None:
-        tree, leaf = self._search.tree, walker.node
+    def learn(self, path: Path) -> None:
+        tree, leaf = self.search.tree, path.node
         reward = tree.reward[leaf]
         self._low, self._high = min(self._low, reward), max(self._high, reward)
         node = leaf

@@ -10,22 +10,24 @@ number of copies, so that the mean final weight is an unbiased estimate of Z = E
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dts.errors import UsageError
+from dts.logspace import draw, logsumexp
+from dts.results import Completion, Estimate, LogZ
+from dts.search.method import GeneratorRun, Run, Steps
+from dts.search.paths import Path
 from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, grow, worth
-from dts.search.walkers import Walker
-from dts.settings import Budget
-from dts.softvalue import logsumexp
+from dts.settings import Budget, check_real
+from dts.softvalue import log_factor
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +47,17 @@ class ParticleFilter:
     ess_threshold: float = 0.5
     entropic: bool = False
     segment: Segment | None = None
-    name: str = field(default="particle-filter", init=False)
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
-        if not 0 <= self.reward_scale < math.inf:
-            raise UsageError(f"reward_scale={self.reward_scale!r} is not allowed; give a number >= 0")
-        if not 0 <= self.ess_threshold <= 1:
-            raise UsageError(f"ess_threshold={self.ess_threshold!r} is not allowed; give a share from 0 to 1")
+        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        check_real("ess_threshold", self.ess_threshold, lambda x: 0 <= x <= 1, "a share from 0 to 1")
         if self.segment is not None:
             check_segment(self.segment)
-        if self.entropic:
-            object.__setattr__(self, "name", "entropic-particle-filter")
+
+    @property
+    def name(self) -> str:
+        return "entropic-particle-filter" if self.entropic else "particle-filter"
 
     def batch_size(self) -> int:
         return self.n
@@ -64,50 +65,91 @@ class ParticleFilter:
     def budget(self) -> Budget:
         return Budget(rollouts=self.n)
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        """Particles that end wait with their weight; only those under way are resampled, among themselves."""
-        n = min(self.n, search.budget.rollouts or self.n)
-        walkers = [Walker(search.rng(index)) for index in range(n)]
-        chance = search.rng(n)
-        records = Records(search)
-        log_weight, log_twist = np.zeros(n), np.zeros(n)
-        live = np.arange(n)
-        while len(live):
-            yield from grow(search, records, [walkers[i] for i in live], self.segment or 1)
-            nodes = [walkers[i].node for i in live]
-            ended = np.array([bool(search.tree.terminal[node]) for node in nodes])
-            if search.exhausted() and not ended.all():
-                search.cut_short = True
-                return
-            log_now = np.array(self._log_twists(search, nodes))
-            log_weight[live] += log_now - log_twist[live]
-            log_twist[live] = log_now
-            live = live[~ended]
-            if len(live) and _effective_share(log_weight[live]) < self.ess_threshold:
-                done = max(search.tree.depth[walkers[i].node] for i in live) / search.decoding.max_new_tokens
-                log_scores = log_weight[live] * (_inverse_temperature(log_weight[live], done) if self.entropic else 1.0)
-                picked, log_copies = systematic(log_scores, chance.random())
-                nodes = [walkers[i].node for i in live[picked]]
-                log_weight[live] = (log_weight[live] - log_copies)[picked]
-                log_twist[live] = log_twist[live][picked]
-                for i, node in zip(live, nodes, strict=True):
-                    walkers[i].node = node
-        leaves = np.array([walker.node for walker in walkers])
-        search.log_weights = {
-            leaf: logsumexp((log_weight[leaves == leaf] - math.log(n)).tolist()) for leaf in np.unique(leaves).tolist()
-        }
+    def start(self, search: Search) -> Run:
+        particles = _Particles(search, self)
+        return GeneratorRun(search, particles.steps(), estimate=particles.estimate)
 
-    def _log_twists(self, search: Search, nodes: Sequence[int]) -> list[float]:
+
+class _Particles:
+    """The particles of one run and their weights. Those that end keep theirs; only those under way are resampled."""
+
+    def __init__(self, search: Search, settings: ParticleFilter) -> None:
+        self._search, self._settings = search, settings
+        count = min(settings.n, search.budget.rollouts or settings.n)
+        self._paths = [Path(search.rng(index)) for index in range(count)]
+        self._chance = search.rng(count)
+        self._log_weight, self._log_twist = np.zeros(count), np.zeros(count)  # [n]
+        self._live = np.arange(count)
+
+    def steps(self) -> Steps:
+        search, records = self._search, Records(self._search)
+        while len(self._live):
+            yield from grow(search, records, [self._paths[i] for i in self._live], self._settings.segment or 1)
+            ended = np.array([bool(search.tree.terminal[self._paths[i].node]) for i in self._live])
+            if search.exhausted() and not ended.all():
+                return True
+            self._reweight()
+            self._live = self._live[~ended]
+            if len(self._live) and _effective_share(self._log_weight[self._live]) < self._settings.ess_threshold:
+                self._resample()
+        return False
+
+    def _reweight(self) -> None:
+        """Replace the twist of the prefix that each particle had by that of the prefix it has now."""
+        log_now = np.array(self._log_twists([self._paths[i].node for i in self._live]))
+        self._log_weight[self._live] += log_now - self._log_twist[self._live]
+        self._log_twist[self._live] = log_now
+
+    def _resample(self) -> None:
+        live, search = self._live, self._search
+        nodes = [self._paths[i].node for i in live]
+        log_scores = self._log_weight[live]
+        if self._settings.entropic:
+            done = max(search.tree.depth[node] for node in nodes) / search.decoding.max_new_tokens
+            log_scores = log_scores * _inverse_temperature(log_scores, done)
+        picked, log_copies = systematic(log_scores, self._chance.random())
+        self._log_weight[live] = (self._log_weight[live] - log_copies)[picked]
+        self._log_twist[live] = self._log_twist[live][picked]
+        for i, source in zip(live, picked, strict=True):
+            self._paths[i].node = nodes[source]
+
+    def _log_twists(self, nodes: Sequence[int]) -> list[float]:
         """lambda times the reward at an end, times what is known at a prefix; 0 where nothing is."""
-        tree, scale = search.tree, self.reward_scale
+        tree, scale = self._search.tree, self._settings.reward_scale
         if scale == 0:
             return [0.0] * len(nodes)
-        if self.segment is not None:
-            return [scale * value for value in worth(search, nodes)]
+        if self._settings.segment is not None:
+            return [log_factor(scale, value) for value in worth(self._search, nodes)]
         # The twist of the prompt cancels everywhere; leaving it out keeps prefixes of unknown worth comparable.
         base = tree.earned[ROOT] if math.isfinite(tree.earned[ROOT]) else 0.0
         values = [tree.reward[n] if tree.terminal[n] else tree.earned[n] - base for n in nodes]
-        return [scale * value if math.isfinite(value) else 0.0 for value in values]
+        return [log_factor(scale, value) if math.isfinite(value) else 0.0 for value in values]
+
+    def estimate(self) -> Estimate | None:
+        """The particles as weighted samples; None while some are under way."""
+        if len(self._live):
+            return None
+        leaves, count = np.array([path.node for path in self._paths]), len(self._paths)
+        return weighted(
+            self._search,
+            {
+                leaf: logsumexp((self._log_weight[leaves == leaf] - math.log(count)).tolist())
+                for leaf in np.unique(leaves).tolist()
+            },
+        )
+
+
+def weighted(search: Search, log_weights: Mapping[int, float]) -> Estimate:
+    """The estimate of the target by weighted samples: log weights by leaf, whose sum is an unbiased estimate of Z."""
+    leaves, logs = list(log_weights), list(log_weights.values())
+    log_z = logsumexp(logs)
+
+    def sample(k: int, seed: int) -> list[Completion]:
+        uniforms = np.random.default_rng([seed, 1]).random(k)
+        return [search.completion(draw(leaves, logs, uniform)) for uniform in uniforms]
+
+    shares = {leaf: math.exp(log - log_z) for leaf, log in log_weights.items()}
+    return Estimate(LogZ(log_z), shares, sample, log_weights=log_weights)
 
 
 def systematic(log_scores: np.ndarray, uniform: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,66 +3,60 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dts.errors import UsageError
-from dts.search.walkers import EXPAND, Plain, Walker, rollouts
-from dts.settings import Budget
-from dts.tree import Tree
+from dts.search.choice import Choice
+from dts.search.method import GeneratorRun, Run
+from dts.search.paths import Path, Plain, rollouts
+from dts.settings import Budget, check_whole
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 
-@dataclass(frozen=True, slots=True)
 class Ancestral(Plain):
     """Draw from p: an existing child with its own probability, otherwise a new token.
 
-    With `explored` set, nodes below that id are left behind: the first draw takes only from the mass outside their
+    With `explored` set, the tree below that node id is left: the first draw takes only from the mass outside its
     children, `log_mass` (by node), as it was then.
     """
 
-    tree: Tree
-    explored: int = 0
-    log_mass: array[float] | None = None
+    def __init__(self, search: Search, explored: int = 0, log_mass: Sequence[float] = ()) -> None:
+        super().__init__(search)
+        self._explored, self._log_mass = explored, log_mass
 
-    def select(self, walker: Walker) -> int:
-        node = walker.node
-        if not self.tree.n_children[node]:
-            return EXPAND
-        mass = math.exp(self.log_mass[node]) if self.log_mass is not None and node < self.explored else 1.0
-        u = walker.rng.random() * mass
-        last = EXPAND
-        for child in self.tree.children(node):
-            if child >= self.explored:
-                u -= math.exp(self.tree.log_p[child])
+    def select(self, path: Path) -> int | Choice:
+        tree, node = self.search.tree, path.node
+        if not tree.n_children[node]:
+            return Choice.EXPAND
+        u = path.rng.random() * (math.exp(self._log_mass[node]) if node < self._explored else 1.0)
+        last: int | Choice = Choice.EXPAND
+        for child in tree.children(node):
+            if child >= self._explored:
+                u -= math.exp(tree.log_p[child])
                 last = child
                 if u < 0:
                     return child
         # Rounding may leave a sliver of u although every token is a child.
-        return EXPAND if self.tree.log_unexplored[node] > -math.inf else last
+        return Choice.EXPAND if tree.log_unexplored[node] > -math.inf else last
 
 
-@dataclass(frozen=True, slots=True)
 class _MostLikely(Plain):
     """The most likely token at every step."""
 
-    tree: Tree
+    def select(self, path: Path) -> int | Choice:
+        tree = self.search.tree
+        return tree.first_child[path.node] if tree.n_children[path.node] else Choice.EXPAND
 
-    def select(self, walker: Walker) -> int:
-        return self.tree.first_child[walker.node] if self.tree.n_children[walker.node] else EXPAND
-
-    def expand(self, search: Search, walkers: Sequence[Walker]) -> list[int]:
-        return search.draw([w.node for w in walkers], None)
+    def expand(self, paths: Sequence[Path]) -> list[int]:
+        return self.search.most_likely([path.node for path in paths])
 
 
 def check_size(option: str, value: int) -> None:
     """Raise `UsageError` unless a method's size is a whole number >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{option}={value!r} is not allowed; give a whole number >= 1")
+    check_whole(option, value, 1, allowed="a whole number >= 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +64,13 @@ class Sampling:
     """n independent samples from p. Samples that agree on a prefix share its forward passes."""
 
     n: int
-    name: str = field(default="sampling", init=False)
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
+
+    @property
+    def name(self) -> str:
+        return "sampling"
 
     def batch_size(self) -> int:
         return min(self.n, 16)
@@ -81,22 +78,26 @@ class Sampling:
     def budget(self) -> Budget:
         return Budget(rollouts=self.n)
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        return rollouts(search, Ancestral(search.tree))
+    def start(self, search: Search) -> Run:
+        return GeneratorRun(search, rollouts(search, Ancestral(search)))
 
 
 @dataclass(frozen=True, slots=True)
 class BestOfN(Sampling):
     """n independent samples from p; `result.best` is the one with the highest reward."""
 
-    name: str = field(default="best-of-n", init=False)
+    @property
+    def name(self) -> str:
+        return "best-of-n"
 
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
     """The most likely token at every step: one path, no randomness."""
 
-    name: str = field(default="greedy", init=False)
+    @property
+    def name(self) -> str:
+        return "greedy"
 
     def batch_size(self) -> int:
         return 1
@@ -104,5 +105,5 @@ class Greedy:
     def budget(self) -> Budget:
         return Budget(rollouts=1)
 
-    def plan(self, search: Search) -> Iterator[Sequence[int]]:
-        return rollouts(search, _MostLikely(search.tree))
+    def start(self, search: Search) -> Run:
+        return GeneratorRun(search, rollouts(search, _MostLikely(search)))

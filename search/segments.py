@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dts.errors import UsageError
+from dts.search.choice import Choice
+from dts.search.paths import Path
 from dts.search.sampling import Ancestral
-from dts.search.walkers import EXPAND, Walker
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
-    from dts.search.loop import Search
+    from dts.search.search import Search
 
 Segment = int | str
 
@@ -34,16 +35,18 @@ def evaluate(search: Search, nodes: Sequence[int]) -> Iterator[Sequence[int]]:
         yield missing[start : start + search.batch_size]
 
 
-def grow(search: Search, records: Records, walkers: Sequence[Walker], segment: Segment) -> Iterator[Sequence[int]]:
+def grow(search: Search, records: Records, paths: Sequence[Path], segment: Segment) -> Iterator[Sequence[int]]:
     """Move every path to the end of its next segment by draws from p. Paths that end are recorded as they do."""
-    ends = {id(walker): _segment_end(search, walker.node, segment) for walker in walkers}
-    moving = list(walkers)
+    ends = {id(path): _segment_end(search, path.node, segment) for path in paths}
+    moving = list(paths)
     while moving and not search.exhausted():
-        yield from evaluate(search, [walker.node for walker in moving])
+        yield from evaluate(search, [path.node for path in moving])
         _one_token(search, moving)
-        records.finish([w.node for w in moving if search.tree.terminal[w.node]])
+        records.add([path.node for path in moving if search.tree.terminal[path.node]])
         moving = [
-            w for w in moving if not search.tree.terminal[w.node] and _position(search, w.node, segment) < ends[id(w)]
+            path
+            for path in moving
+            if not search.tree.terminal[path.node] and _position(search, path.node, segment) < ends[id(path)]
         ]
 
 
@@ -58,13 +61,13 @@ def _position(search: Search, node: int, segment: Segment) -> int:
     return search.finished(node).text.count(segment) if node != ROOT else 0
 
 
-def _one_token(search: Search, walkers: Sequence[Walker]) -> None:
-    policy = Ancestral(search.tree)
-    choices = [policy.select(walker) for walker in walkers]
-    expanding = [walker for walker, choice in zip(walkers, choices, strict=True) if choice == EXPAND]
-    drawn = iter(search.draw([w.node for w in expanding], [w.rng.random() for w in expanding]) if expanding else [])
-    for walker, choice in zip(walkers, choices, strict=True):
-        walker.node = next(drawn) if choice == EXPAND else choice
+def _one_token(search: Search, paths: Sequence[Path]) -> None:
+    policy = Ancestral(search)
+    choices = [policy.select(path) for path in paths]
+    expanding = [path for path, choice in zip(paths, choices, strict=True) if isinstance(choice, Choice)]
+    drawn = iter(policy.expand(expanding) if expanding else [])
+    for path, choice in zip(paths, choices, strict=True):
+        path.node = next(drawn) if isinstance(choice, Choice) else choice
 
 
 def worth(search: Search, nodes: Sequence[int]) -> list[float]:
@@ -83,12 +86,12 @@ class Records:
     def __init__(self, search: Search) -> None:
         self._search, self._known = search, {ROOT}  # nodes on paths that finished
 
-    def finish(self, leaves: Sequence[int]) -> None:
+    def add(self, leaves: Sequence[int]) -> None:
         """Score and record paths that end here; several may end at the same leaf."""
         limit = self._search.budget.rollouts
         if limit is not None:
             leaves = leaves[: limit - len(self._search.rollouts)]
-        self._search.finish(leaves, [self._left_at(leaf) for leaf in leaves])
+        self._search.record(leaves, [self._left_at(leaf) for leaf in leaves])
         for leaf in leaves:
             self._known.update(self._search.tree.path(leaf))
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from dts.errors import RewardError, UsageError
-from dts.evaluation.backend import Backend
-from dts.evaluation.config import ExperimentConfig
+from dts.evaluation.experiment.backend import Backend
+from dts.evaluation.experiment.config import ExperimentConfig
 from dts.evaluation.tasks.base import Example
+from dts.evaluation.tasks.oracle import OracleReward
 from dts.results import Completion, Result, Rollout, Usage
-from dts.rewards import Context, Finished, Reward, TerminalReward
+from dts.rewards import Context, Finished, Reward, TerminalReward, weighted_sum
 from dts.settings import Budget
 from dts.tree import Tree
 
@@ -72,6 +73,16 @@ class FakeTask:
         return {"majority": {"accuracy": 0.25}}
 
 
+@dataclass(frozen=True)
+class OracleTask(FakeTask):
+    """Its reward hides an oracle in a sum, under a name that does not say so."""
+
+    def reward(self, example: Example) -> Reward:
+        plain = super().reward(example)
+        seen = OracleReward(lambda context, finished: [0.5] * len(finished), "answer key")
+        return weighted_sum([(plain, 1.0), (seen, 1.0)])
+
+
 def fake_decode(
     lm: FakeSpec,
     prompt: Any,
@@ -104,7 +115,7 @@ def fake_decode(
         model_calls=len(rollouts),
         seconds=0.25 * len(rollouts),
     )
-    return Result(completions, rollouts, usage, Tree(), None, method.name)
+    return Result(completions, rollouts, usage, Tree(), method.name)
 
 
 @dataclass
@@ -173,9 +184,9 @@ class RecordingRun:
     def log_sample(self, record: dict[str, Any]) -> None:
         self.samples.append(record)
 
-    def finish(self, summary: dict[str, Any], charts: Mapping[str, Any], *, complete: bool) -> None:
+    def finish(self, cells: Sequence[Any], charts: Mapping[str, Any], *, complete: bool) -> None:
         assert self.complete is None, "finished twice"
-        self.summary, self.complete = summary, complete
+        self.summary, self.complete = {"runs": list(cells)}, complete
 
 
 @dataclass

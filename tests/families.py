@@ -7,36 +7,37 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 VOCAB = 260
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-_ONE_KV_HEAD_EACH = {k: v for k, v in _LLAMA_LIKE.items() if k != "num_key_value_heads"}
-_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+_ONE_KV_HEAD_EACH = {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
+_GEMMA = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # family: (config class, arguments). Windows are short, so that trees grow deeper than them.
 FAMILIES = {
-    "llama": ("LlamaConfig", _LLAMA_LIKE),
-    "mistral": ("MistralConfig", {**_LLAMA_LIKE, "sliding_window": 6}),
-    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi": ("PhiConfig", _LLAMA_LIKE),
-    "phi3": ("Phi3Config", {**_LLAMA_LIKE, "sliding_window": 6}),
-    "gemma": ("GemmaConfig", {**_LLAMA_LIKE, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", _GEMMA),
+    "llama": ("LlamaConfig", LLAMA_LIKE),
+    "mistral": ("MistralConfig", {**LLAMA_LIKE, "sliding_window": 6}),
+    "mixtral": ("MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi": ("PhiConfig", LLAMA_LIKE),
+    "phi3": ("Phi3Config", {**LLAMA_LIKE, "sliding_window": 6}),
+    "gemma": ("GemmaConfig", {**LLAMA_LIKE, "head_dim": 8}),
+    # Its caps reach SDPA in newer versions of transformers only.
+    "gemma2": ("Gemma2Config", {**_GEMMA, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3TextConfig", {**_GEMMA, "layer_types": _MIXED}),
-    "qwen2": ("Qwen2Config", {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-    "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "head_dim": 8}),
+    "qwen2": ("Qwen2Config", {**LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {**LLAMA_LIKE, "head_dim": 8}),
     "gpt2": ("GPT2Config", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
                             "bos_token_id": 1, "eos_token_id": 0}),
     "gpt_neox": ("GPTNeoXConfig", _ONE_KV_HEAD_EACH),
     "opt": ("OPTConfig", {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
                           "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 32,
                           "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}),
-    "cohere": ("CohereConfig", {**_LLAMA_LIKE, "logit_scale": 0.3}),
-    "granite": ("GraniteConfig", {**_LLAMA_LIKE, "logits_scaling": 3.0}),
-    "olmo2": ("Olmo2Config", _LLAMA_LIKE),
-    "smollm3": ("SmolLM3Config", _LLAMA_LIKE),
+    "cohere": ("CohereConfig", {**LLAMA_LIKE, "logit_scale": 0.3}),
+    "granite": ("GraniteConfig", {**LLAMA_LIKE, "logits_scaling": 3.0}),
+    "olmo2": ("Olmo2Config", LLAMA_LIKE),
+    "smollm3": ("SmolLM3Config", LLAMA_LIKE),
 }  # fmt: skip
 
 # Served by the slow correct path: own attention code, attention sinks, recurrent state.
@@ -44,7 +45,7 @@ SLOW_FAMILIES = {
     "falcon": ("FalconConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
                                 "num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2,
                                 "alibi": False, "bos_token_id": 1, "eos_token_id": 0}),
-    "gpt_oss": ("GptOssConfig", {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "gpt_oss": ("GptOssConfig", {**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                                  "sliding_window": 6, "layer_types": _MIXED}),
     "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2,
                               "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}),
@@ -55,7 +56,11 @@ def random_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A random model whose logits differ enough from token to token to show a mistake."""
     name, arguments = {**FAMILIES, **SLOW_FAMILIES}[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments))
+    return randomize(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)))
+
+
+def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Weights large enough to tell tokens apart; in eval mode."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

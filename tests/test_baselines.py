@@ -10,21 +10,9 @@ import pytest
 import torch
 
 import dts
-from dts.evaluation.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.exact import PROMPT, instance, total_variation
 from dts.models.table import TableModel, random_logits
 from dts.search import MCTS, Beam, BestOfN, Budget, Greedy, ParticleFilter, Sampling, SelfConsistency
-
-
-class Watched:
-    """A method whose search can be looked at afterwards."""
-
-    def __init__(self, method):
-        self.method, self.name = method, method.name
-        self.batch_size, self.budget = method.batch_size, method.budget
-
-    def plan(self, search):
-        self.search = search
-        yield from self.method.plan(search)
 
 
 class PairReward:
@@ -134,7 +122,7 @@ def test_groups_are_independent_subtrees():
     first = Counter(c.token_ids[0] for c in result.completions)
     ranked = torch.from_numpy(case.lm.table(PROMPT)).argsort(descending=True).tolist()
     assert len(result.completions) == 6
-    # The most likely first tokens are dealt out; each group keeps two paths behind its own tokens.
+    # The most likely first tokens are dealt out; each group keeps two paths after its own tokens.
     groups = [{ranked[0], ranked[3]}, {ranked[1], ranked[4]}, {ranked[2], ranked[5]}]
     assert [sum(n for token, n in first.items() if token in group) for group in groups] == [2, 2, 2]
 
@@ -179,9 +167,9 @@ def test_z_is_unbiased(kind):
     z = math.exp(np.logaddexp.reduce(log_target(case, reward, scale)))
     estimates = []
     for seed in range(400):
-        method = Watched(ParticleFilter(4, reward_scale=scale, **FILTERS[kind]))
-        dts.decode(case.lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=seed)
-        estimates.append(sum(math.exp(w) for w in method.search.log_weights.values()))
+        method = ParticleFilter(4, reward_scale=scale, **FILTERS[kind])
+        result = dts.decode(case.lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=seed)
+        estimates.append(sum(math.exp(w) for w in result.log_weights.values()))
     error = np.std(estimates) / math.sqrt(len(estimates))
     assert error < 0.05 * z
     assert abs(np.mean(estimates) - z) < 3.5 * error
@@ -196,9 +184,9 @@ def test_z_is_unbiased_where_a_gain_announces_another(entropic):
     z = (math.exp(scale) + 3) / 4
     estimates = []
     for seed in range(600):
-        method = Watched(ParticleFilter(8, reward_scale=scale, ess_threshold=1.0, entropic=entropic))
-        dts.decode(lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=seed)
-        estimates.append(sum(math.exp(w) for w in method.search.log_weights.values()))
+        method = ParticleFilter(8, reward_scale=scale, ess_threshold=1.0, entropic=entropic)
+        result = dts.decode(lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=seed)
+        estimates.append(sum(math.exp(w) for w in result.log_weights.values()))
     error = np.std(estimates) / math.sqrt(len(estimates))
     assert error < 0.05 * z and abs(np.mean(estimates) - z) < 3.5 * error
 
@@ -208,9 +196,9 @@ def test_text_rewards_at_segments_are_unbiased_too():
     z = math.exp(scale * case.value(scale))
     estimates = []
     for seed in range(300):
-        method = Watched(ParticleFilter(4, reward_scale=scale, segment="2 ", ess_threshold=1.0))
-        dts.decode(case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=4, seed=seed)
-        estimates.append(sum(math.exp(w) for w in method.search.log_weights.values()))
+        method = ParticleFilter(4, reward_scale=scale, segment="2 ", ess_threshold=1.0)
+        result = dts.decode(case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=4, seed=seed)
+        estimates.append(sum(math.exp(w) for w in result.log_weights.values()))
     error = np.std(estimates) / math.sqrt(len(estimates))
     assert error < 0.05 * z and abs(np.mean(estimates) - z) < 3.5 * error
 
@@ -222,9 +210,9 @@ def test_weighted_particles_approach_the_target(kind):
     target = np.exp(target - np.logaddexp.reduce(target))
     distances = []
     for n in (30, 300, 3000):
-        method = Watched(ParticleFilter(n, reward_scale=scale, **FILTERS[kind]))
+        method = ParticleFilter(n, reward_scale=scale, **FILTERS[kind])
         result = dts.decode(case.lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=1)
-        weights = {method.search.tree.tokens(leaf): math.exp(w) for leaf, w in method.search.log_weights.items()}
+        weights = {result.tree.tokens(leaf): math.exp(w) for leaf, w in result.log_weights.items()}
         estimate = np.array([weights.get(s, 0.0) for s in case.sequences]) / sum(weights.values())
         distances.append(total_variation(estimate, target))
         assert len(result.rollouts) == n
@@ -247,9 +235,9 @@ def test_resampling_pays_on_a_reward_that_is_earned_along_the_way():
     for kind, options in {"never": {"ess_threshold": 0.0}, "plain": {}, "entropic": {"entropic": True}}.items():
         errors[kind] = []
         for seed in range(6):
-            method = Watched(ParticleFilter(256, reward_scale=scale, **options))
-            dts.decode(lm, PROMPT, reward=Ones(4, 24), method=method, max_new_tokens=24, seed=seed)
-            errors[kind].append(abs(np.logaddexp.reduce(list(method.search.log_weights.values())) - log_z))
+            method = ParticleFilter(256, reward_scale=scale, **options)
+            result = dts.decode(lm, PROMPT, reward=Ones(4, 24), method=method, max_new_tokens=24, seed=seed)
+            errors[kind].append(abs(np.logaddexp.reduce(list(result.log_weights.values())) - log_z))
     assert np.mean(errors["never"]) > 3.0
     # Resampled: about sqrt(24 steps * relative variance 1.1 / 256) = 0.33.
     assert np.mean(errors["plain"]) < 0.45 and np.mean(errors["entropic"]) < 0.45
@@ -257,10 +245,10 @@ def test_resampling_pays_on_a_reward_that_is_earned_along_the_way():
 
 def test_draws_follow_the_weights():
     case = instance(1, vocab_size=3, horizon=3)
-    method = Watched(ParticleFilter(20, reward_scale=2.0))
+    method = ParticleFilter(20, reward_scale=2.0)
     result = dts.decode(case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=3)
     draws = Counter(c.token_ids for c in result.sample(4000, seed=1))
-    weights = {method.search.tree.tokens(leaf): math.exp(w) for leaf, w in method.search.log_weights.items()}
+    weights = {result.tree.tokens(leaf): math.exp(w) for leaf, w in result.log_weights.items()}
     total = sum(weights.values())
     assert sum(abs(draws[t] / 4000 - w / total) for t, w in weights.items()) / 2 < 0.04
 
@@ -284,7 +272,7 @@ SEARCHES = [MCTS(300), MCTS(300, puct=False), MCTS(300, value="max")]
 @pytest.mark.parametrize("method", SEARCHES, ids=["puct", "uct", "max"])
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_mcts_concentrates_on_the_best_arm(method, batch_size):
-    """Five arms of unequal p; behind the unlikeliest wait the best rewards."""
+    """Five arms of unequal p; after the unlikeliest come the best rewards."""
     case = instance(0, vocab_size=5, horizon=2, eos=None, spread=0.7)
     arms = np.argsort(case.lm.table(PROMPT))
     worth = {str(arm): 1.0 - 0.2 * place for place, arm in enumerate(arms.tolist())}

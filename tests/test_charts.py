@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dts.evaluation import charts
+from dts.evaluation.report import charts
 
 COLORS = {"red": "#ff6b6b", "teal": "#4ecdc4"}
 

@@ -18,10 +18,11 @@ from fakes import COLORS, Calls, FakeTask, fake_backend, raise_after, reward_fai
 
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.cli import build_parser, hyphenated, main
-from dts.evaluation.config import ExperimentConfig, read_config_file
-from dts.evaluation.plan import known_method
-from dts.evaluation.progress import Progress
-from dts.evaluation.results import TIME_KEYS, read_jsonl
+from dts.evaluation.experiment.config import ExperimentConfig, read_config_file
+from dts.evaluation.experiment.plan import known_method
+from dts.evaluation.experiment.progress import Progress
+from dts.evaluation.run_folder import read_jsonl
+from dts.evaluation.tracking.keys import TIME_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a fake run's time."""
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
 
 
 def command(tmp_path: Path, *more: str) -> list[str]:
@@ -167,8 +168,8 @@ def test_quiet_prints_the_report_alone(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("script", ["run_experiments", "run_experiments_with_wandb"])
 def test_front_door_has_the_models_and_parses_nothing_at_import(script: str) -> None:
-    code = f"import sys; sys.argv[1:] = ['--no-such-option']; from {script} import MODEL_CONFIGS, main; " \
-           "print(MODEL_CONFIGS['llama-7b'].color)"  # fmt: skip
+    code = f"import sys; sys.argv[1:] = ['--no-such-option']; sys.path.append('compat')\n" \
+           f"from {script} import MODEL_CONFIGS, main; print(MODEL_CONFIGS['llama-7b'].color)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "#FF6B6B"
 
@@ -184,7 +185,7 @@ def test_list_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"har", "m4"} <= set(capsys.readouterr().out.split())
 
 
-# Settings from files, and what they come to.
+# Settings from files, and what they set.
 
 
 def test_shipped_configs_name_methods_and_data_that_exist() -> None:
@@ -294,7 +295,7 @@ def test_a_terminated_run_sums_up_what_is_done(tmp_path: Path, capsys: pytest.Ca
     assert signal.getsignal(signal.SIGTERM) is before
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert json.loads((folder / "summary.json").read_bytes())["runs"]
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
 
 
 def table_lines(text: str) -> list[str]:
@@ -334,7 +335,7 @@ def test_progress_is_drawn_on_a_terminal_only(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny Llama and Mistral models behind the registry's names, and a data folder."""
+    """A folder with tiny Llama and Mistral models under the registry's names, and a data folder."""
     import tokenizers
     import transformers
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import dts
-from dts.evaluation.metrics import pass_at_k
+from dts.evaluation.measures.metrics import pass_at_k
 from dts.training.coding import (
     STRONG,
     Limits,

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import dts
-from dts.evaluation import comparison, replies
-from dts.evaluation.comprehensive import run_script
-from dts.evaluation.comprehensive_report import markdown, section, verdict_table
-from dts.evaluation.judge import INSTRUCTION, Judge, parse
-from dts.evaluation.protocol import CompareSettings, compare_models, compare_three
-from dts.evaluation.replies import CODING, Item, Reply, Yardstick, failures, read_items, table
+from dts.evaluation.finetuned import contrasts as comparison
+from dts.evaluation.finetuned import replies
+from dts.evaluation.finetuned.cli import run_script
+from dts.evaluation.finetuned.compare import CompareSettings, compare_models, compare_three
+from dts.evaluation.finetuned.judge import INSTRUCTION, Judge, parse
+from dts.evaluation.finetuned.replies import CODING, Item, Reply, Yardstick, failures, read_items, table
+from dts.evaluation.finetuned.report import markdown, section, verdict_table
 from dts.training.coding import problems
 from dts.training.data import Row
 
@@ -123,7 +124,8 @@ def test_answers_that_are_not_the_json_asked_for_are_counted_not_repaired(stub, 
 
 
 @pytest.mark.parametrize("answer", ["", "1", "[]", '{"winner": 1}', '{"winner": ["1"]}', '{"winner": "1", "x": 0}',
-                                    '{"winner": "3"}', '```json\n{"winner": "1"}\n```', "null"])  # fmt: skip
+                                    '{"winner": "3"}', '```json\n{"winner": "1"}\n```', "null",
+                                    '{"winner": "1", "winner": "2"}', "[" * 5000])  # fmt: skip
 def test_only_strict_json_is_read(answer):
     with pytest.raises(Exception) as caught:
         parse(answer)
@@ -236,7 +238,7 @@ def contrasts(**pairs):
 
 
 def test_contrast_agrees_with_the_statistics_it_is_made_of():
-    from dts.evaluation import statistics
+    from dts.evaluation.measures import statistics
 
     own, base = values(0.1), values()
     entry = comparison.contrast(own, base, CLUSTERS)["diversity"]

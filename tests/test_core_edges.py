@@ -12,7 +12,7 @@ from families import ByteTokenizer, random_model
 from transformers import PreTrainedTokenizerFast
 
 import dts
-from dts import __main__ as command
+from dts import fetch_command as command
 from dts.memory import first_line, is_out_of_memory
 from dts.models import loading
 from dts.models.huggingface import HFModel
@@ -33,7 +33,7 @@ def test_an_interrupted_fetch_says_so(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "fetch", stop)
-    assert command.main(["fetch"]) == 130 and "interrupted" in capsys.readouterr().err
+    assert command.main([]) == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_what_counts_as_a_lack_of_memory():

@@ -56,6 +56,7 @@ def test_packaged_data_load(packaged):
     [
         ({"train": "1 2 x"}, "line 3, train: value 3 is 'x'"),
         ({"train": "1 2 nan"}, "line 3, train: value 3 is 'nan'"),
+        ({"train": "1 2 1_0"}, "line 3, train: value 3 is '1_0'"),
         ({"n_train": "39"}, "line 3: train has 40 values"),
         ({"test": "1 2"}, "line 3: test has 2 values, horizon says 3"),
         ({"horizon": "0"}, "line 3: horizon must be a whole number above 0"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 import dts
-from dts.evaluation.exact import PROMPT, instance
+from dts.evaluation.studies.exact import PROMPT, instance
 from dts.search import (
     MCTS,
     METHODS,
@@ -202,12 +204,62 @@ def test_min_new_tokens_and_stop_strings(tiny_lm):
         ({"max_new_tokens": 10_000}, "exceeds the context of tiny"),
         ({"prompt": ""}, "prompt is empty"),
         ({"reward": 3}, "reward=3"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
+        ({"max_new_tokens": "4"}, "max_new_tokens='4'"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_new_tokens": None}, "max_new_tokens=None"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"temperature": 10**400}, "temperature=10000"),
+        ({"top_k": True}, "top_k=True"),
+        ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"seed": None}, "seed=None"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "many"}, "batch_size='many'"),
+        ({"batch_size": 10**20}, "batch_size=1000"),
+        ({"max_kv_bytes": 0}, "max_kv_bytes=0"),
+        ({"max_kv_bytes": "2 GiB"}, "max_kv_bytes='2 GiB'"),
+        ({"budget": 5}, r"budget=5 is not allowed; give dts\.Budget"),
+        ({"method": "greedy"}, "method='greedy' is not a method"),
+        ({"method": Greedy}, "method=<class .*Greedy'> is not a method"),
+        ({"on_rollout": 3}, "on_rollout=3"),
+        ({"lm": "smollm2-135m"}, r"lm='smollm2-135m' is not a language model; give what dts\.load"),
     ],
 )
 def test_bad_settings_name_the_option_and_the_value(options, message, tiny_lm):
-    arguments = {"prompt": "Once", "method": Greedy(), **options}
+    arguments = {"lm": tiny_lm, "prompt": "Once", "method": Greedy(), **options}
     with pytest.raises(dts.UsageError, match=message):
-        dts.decode(tiny_lm, **arguments)
+        dts.decode(**arguments)
+
+
+@pytest.mark.parametrize("options", [{"rollouts": "5"}, {"tokens": 2.5}, {"tokens": True}, {"seconds": "1"},
+                                     {"seconds": math.nan}, {"rollouts": 0}])  # fmt: skip
+def test_a_budget_of_another_type_is_refused(options):
+    with pytest.raises(dts.UsageError, match=next(iter(options))):
+        Budget(**options)
+
+
+def test_numbers_of_other_kinds_are_numbers(tiny_lm):
+    usual = dts.decode(tiny_lm, "Once", method=Sampling(3), max_new_tokens=4, top_k=20, temperature=0.5, seed=3)
+    options = {"max_new_tokens": np.int64(4), "top_k": np.int32(20), "temperature": Fraction(1, 2), "seed": np.uint8(3)}
+    assert dts.decode(tiny_lm, "Once", method=Sampling(3), **options).completions == usual.completions
+
+
+def test_a_temperature_near_zero_takes_the_most_likely_tokens(tiny_lm):
+    greedy = dts.decode(tiny_lm, "Once", method=Greedy(), max_new_tokens=6).best
+    cold = dts.decode(tiny_lm, "Once", method=Sampling(3), max_new_tokens=6, temperature=1e-310)
+    assert [c.token_ids for c in cold.completions] == [greedy.token_ids] and cold.best.logprob == 0.0
+
+
+def test_a_builtin_may_be_a_reward(tiny_lm):
+    number = dts.decode(tiny_lm, "Once", method=Greedy(), max_new_tokens=2, reward=len).best
+    assert number.reward == len(number.text)
+    with pytest.raises(dts.RewardError, match="int"):
+        dts.decode(tiny_lm, "Once", method=Greedy(), max_new_tokens=2, reward=int)
 
 
 @pytest.mark.parametrize("make", [lambda: MaxEnt(0), lambda: BestOfN(-1), lambda: MaxEnt(4, reward_scale=-1.0),

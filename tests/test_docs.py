@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+import runpy
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -28,13 +29,16 @@ MOST_UNRUN = 3
 
 # Pages with a test of their own, here or elsewhere, which says more than that their code runs.
 OWN_TEST = {
-    "README.md": "test_docs.py",
-    "docs/grpo.md": "test_docs.py",
-    "docs/performance.md": "test_docs.py",
-    "docs/rewards.md": "test_docs.py",
-    "docs/search.md": "test_docs.py",
-    "docs/training.md": "test_training_runs.py",
-    "docs/two_phase.md": "test_heuristic_reward.py",
+    "README.md": ["test_docs.py"],
+    "docs/performance.md": ["test_docs.py"],
+    "docs/rewards.md": ["test_docs.py"],
+    "docs/search.md": ["test_docs.py"],
+    "docs/training.md": [
+        "test_docs.py",
+        "test_heuristic_reward.py",
+        "test_musclebob_recipe.py",
+        "test_training_runs.py",
+    ],
 }
 
 
@@ -95,9 +99,12 @@ def test_every_python_block_is_run_or_says_why():
     assert len(marked) <= MOST_UNRUN, marked
 
 
-@pytest.mark.parametrize("page", [page for page, test in OWN_TEST.items() if test != "test_docs.py"])
-def test_a_test_of_its_own_reads_the_page(page):
-    assert f'"{Path(page).name}"' in (ROOT / "tests" / OWN_TEST[page]).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", OWN_TEST)
+def test_every_block_of_a_page_with_own_tests_is_read_by_them(page):
+    tests = [(ROOT / "tests" / test).read_text(encoding="utf-8") for test in OWN_TEST[page]]
+    assert all(f'{Path(page).name}"' in test for test in tests)
+    if len(tests) > 1:  # one block for each test
+        assert len(blocks(page)) == len(tests)
 
 
 def test_readme(tiny_lm, monkeypatch):
@@ -108,10 +115,22 @@ def test_readme(tiny_lm, monkeypatch):
 
 
 def test_search_page_own_algorithm(tiny_lm):
-    (code,) = blocks("docs/search.md")
-    result = dts.decode(tiny_lm, "Once", method=run(code)["Half"](), max_new_tokens=10)
-    assert len(result.rollouts) == 2 and len(result.completions) == 2
-    assert result.usage.forwarded_tokens == result.usage.unique_tokens
+    worked_example, code = blocks("docs/search.md")
+    names = run(f"{worked_example}\n{code}")  # asserts its own numbers
+    result = dts.decode(tiny_lm, "Once", method=names["Importance"](3), reward=len, max_new_tokens=10)
+    assert len(result.rollouts) == 3 and sum(result.shares.values()) == pytest.approx(1)
+    assert math.isfinite(result.log_z) and result.usage.forwarded_tokens == result.usage.unique_tokens
+
+
+def test_the_drawing_of_the_worked_example_is_what_its_script_draws():
+    names = runpy.run_path(str(ROOT / "docs/images/worked_tree.py"))
+    assert names["drawing"]() == (ROOT / "docs/images/worked_tree.svg").read_text(encoding="utf-8")
+    assert {key: round(value, 2) for key, value in names["values"]().items()} == {
+        "warm": 4.19,
+        "grey": 1.11,
+        "root": 2.34,
+        "open": 2.1,
+    }
 
 
 def test_rewards_page(tiny_lm):
@@ -132,7 +151,7 @@ def test_performance_page(tiny_lm):
     assert names["result"].usage.cached_tokens == len(names["kept"])
 
 
-def test_grpo_page(tmp_path, monkeypatch):
+def test_grpo_quick_start(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     pytest.importorskip("peft")
     from training_models import tiny_pair
@@ -142,7 +161,7 @@ def test_grpo_page(tmp_path, monkeypatch):
     rows = [json.dumps({"prompt": f"say {a}{b}"}) for a in "abcd" for b in "abcd"]
     (tmp_path / "my_rows.jsonl").write_text("\n".join(rows))
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("docs/grpo.md")
+    (code,) = [code for code in blocks("docs/training.md") if '"grpo"' in code]
     names = run(code.replace("smollm2-135m", str(tmp_path / "base")).replace('"epochs": 1', '"max_steps": 1'))
     assert names["lm"].name == str(names["folder"])
     assert (names["folder"] / "adapter_model.safetensors").exists()
@@ -202,7 +221,7 @@ def test_commands_have_only_options_that_exist(page):
         words = shlex.split(line, comments=True)[1:]
         if words[0] == "run_experiments.py":
             evaluation.build_parser().parse_args(evaluation.hyphenated(words[1:]))
-        elif words[0] == "train_model.py":
+        elif words[0] == "compat/train_model.py":
             training.build_parser().parse_args(training.hyphenated(["train", *words[1:]]))
         elif words[:2] == ["-m", "dts.training"] and words[2] in ("train", "train-variants", "expert-iteration"):
             training.build_parser().parse_args(training.hyphenated(words[2:]))

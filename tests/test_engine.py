@@ -17,14 +17,14 @@ from dts.models.sessions import RecomputeSession, TreeSession, full_logits
 PROMPT = [13, 5, 7, 11, 13, 17, 19, 23]
 
 
-def grow(session, seed, steps=30, lanes=4, max_depth=39):
+def grow(session, seed, steps=30, lanes=4, max_depth=39, vocabulary=256):
     """A random tree: mostly along recent branches, often from deep in idle ones. Returns ids by slot."""
     rng, ids, edges = random.Random(seed), {PROMPT_SLOT: list(PROMPT)}, set()
     for _ in range(steps):
         parents, tokens = [], []
         for _ in range(rng.randint(1, lanes)):
             recent = sorted(ids)[-6:] if rng.random() < 0.7 else sorted(ids)
-            edge = rng.choice(recent), rng.randrange(1, 256)
+            edge = rng.choice(recent), rng.randrange(1, vocabulary)
             if edge not in edges and len(ids[edge[0]]) - len(PROMPT) < max_depth:
                 edges.add(edge)
                 parents.append(edge[0])
@@ -46,6 +46,29 @@ def test_branching_trees_equal_full_recomputation(family):
     direct = torch.cat([full_logits(lm, sequence) for sequence in ids.values()])
     assert (logits - direct).abs().max() < 1e-4
     assert session.usage.forwarded_tokens == len(PROMPT) + len(ids) - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trees_of_many_prompts_equal_full_recomputation(family):
+    lm, rng = HFModel(random_model(family), ByteTokenizer()), random.Random(1)
+    prompts = [PROMPT, [*PROMPT[:5], 40, 41], [50, 51], [*PROMPT, 60, 61, 62]]  # the last is behind the first
+    batch = lm.batch(prompts=4, width=3, max_new_tokens=30)
+    assert all(batch.admit(key, prompt) for key, prompt in enumerate(prompts))
+    sessions = [session for _, session in batch.advance(1000)]
+    assert [session.usage.cached_tokens for session in sessions] == [0, 5, 0, 8]
+    ids = [{PROMPT_SLOT: prompt} for prompt in prompts]
+    for _ in range(12):
+        requests = []
+        for session, held in zip(sessions, ids, strict=True):
+            parents = [rng.choice(sorted(held)[-4:]) for _ in range(rng.randint(0, 3))]
+            requests.append((session, parents, rng.sample(range(1, 256), len(parents))))
+        for held, (_, parents, tokens), slots in zip(ids, requests, batch.extend(requests), strict=True):
+            held.update({s: [*held[p], token] for s, p, token in zip(slots, parents, tokens, strict=True)})
+    for session, held in zip(sessions, ids, strict=True):
+        direct = torch.cat([full_logits(lm, sequence) for sequence in held.values()])
+        assert (session.logits(list(held)) - direct).abs().max() < 1e-4
+        usage = session.usage
+        assert usage.forwarded_tokens == usage.prompt_tokens - usage.cached_tokens + len(held) - 1
 
 
 @pytest.mark.parametrize("family", SLOW_FAMILIES)
@@ -134,7 +157,7 @@ def test_a_memory_bound_changes_no_number_and_recomputation_is_counted(rows, tin
     ids = grow(session, seed=1)
     direct = torch.cat([full_logits(tiny_lm, sequence) for sequence in ids.values()])
     assert (session.logits(list(ids)) - direct).abs().max() < 1e-4
-    assert session.cache.bytes() <= bound
+    assert session.cache.bytes() + tiny_lm.prefix(PROMPT).nbytes <= bound
     usage = session.usage
     assert usage.recomputed_tokens > 0
     assert usage.forwarded_tokens == len(PROMPT) + len(ids) - 1 + usage.recomputed_tokens

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import dts
-from dts.evaluation.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.exact import PROMPT, instance, total_variation
+from dts.logspace import logsumexp
 from dts.search import BestOfN, MaxEnt
-from dts.softvalue import SoftValues, logsumexp
+from dts.softvalue import SoftValues
 
 
 def search(case, rollouts, scale, **options):
@@ -107,13 +108,13 @@ def test_best_search_finds_the_best_sequence_with_fewer_rollouts(seed):
 
 
 def _children_are_everything(self, node):
-    seen = [a for a in self.tree.children(node) if self.visits[a]]
+    seen = [a for a in self.tree.children(node) if self.visits.finished[a]]
     total = logsumexp([self.tree.log_p[a] for a in seen])
     self.log_value[node] = logsumexp([self.tree.log_p[a] - total + self.log_value[a] for a in seen])
 
 
 def _without_p(self, node):
-    self.log_value[node] = logsumexp([self.log_value[a] for a in self.tree.children(node) if self.visits[a]])
+    self.log_value[node] = logsumexp([self.log_value[a] for a in self.tree.children(node) if self.visits.finished[a]])
 
 
 @pytest.mark.parametrize("mutation", [None, _children_are_everything, _without_p])

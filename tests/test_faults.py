@@ -1,4 +1,4 @@
-"""Injected faults: what a full disk, a lack of memory, a damaged file, a hanging reward or a broken model leave behind.
+"""Injected faults: what a full disk, a lack of memory, a damaged file, a hanging reward or a broken model leave.
 
 `INJECTED` counts the faults, the last test prints them: python -m pytest tests/test_faults.py -q
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import collections
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -27,15 +28,16 @@ from families import ByteTokenizer, random_model
 import dts
 from dts import fetch as fetching
 from dts.errors import ModelError, RewardError, UnavailableError, UsageError
-from dts.evaluation import cli, data, results
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.exact import PROMPT as TABLE_PROMPT
-from dts.evaluation.exact import instance
-from dts.evaluation.results import RunFolder, read_jsonl, write_text
+from dts.evaluation import cli, data, run_folder
+from dts.evaluation.experiment.config import ExperimentConfig
+from dts.evaluation.run_folder import RunFolder, read_jsonl, write_text
+from dts.evaluation.studies.exact import PROMPT as TABLE_PROMPT
+from dts.evaluation.studies.exact import instance
 from dts.memory import is_out_of_memory
 from dts.models import archive
 from dts.models.huggingface import HFModel
 from dts.models.table import TableModel, random_logits
+from dts.models.view import ModelView
 from dts.search import METHODS, MaxEnt, Sampling
 
 INJECTED: collections.Counter[str] = collections.Counter()
@@ -54,7 +56,7 @@ class Disk:
         self.count, self.fails, self.kind = 0, fails, kind
         self._real, self._fsync = Path.open, os.fsync
         monkeypatch.setattr(Path, "open", lambda path, mode="r", *args, **more: self._open(path, mode, *args, **more))
-        monkeypatch.setattr(results.os, "fsync", self._sync)
+        monkeypatch.setattr(run_folder.os, "fsync", self._sync)
 
     def _full(self) -> bool:
         self.count += 1
@@ -106,8 +108,8 @@ def without_times(records):
 
 @pytest.fixture(autouse=True)
 def _quick_and_heard(monkeypatch, caplog):
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
     caplog.set_level(logging.WARNING, "dts")
 
 
@@ -150,7 +152,7 @@ def test_a_picture_that_finds_no_room_is_not_left_half_drawn(tmp_path, monkeypat
         (folder / "monotonicity.png").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", draw)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", draw)
     INJECTED["disk: pictures"] += 1
     assert cli.main(command(tmp_path), fake_backend()) == 1
     assert "No space left" in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
@@ -246,21 +248,24 @@ class Cramped:
     """A model whose forward calls of more than `rows` rows find no memory; `says` is the error."""
 
     def __init__(self, lm: HFModel, rows: int, says: BaseException) -> None:
-        self.calls, self.failures = [], 0
-        decoder = lm.decoder
-
-        def forward(**arguments):
-            size = arguments["input_ids"].shape[1]
-            if arguments.get("position_ids") is not None:  # not the prompt
-                self.calls.append(size)
-                if size > rows:
-                    self.failures += 1
-                    raise says
-            return decoder(**arguments)
-
+        self.calls, self.failures, self.rows, self.says = [], 0, rows, says
         self.lm = HFModel(lm.model, lm.tokenizer, name="cramped")
-        self.lm._tree_shaped = True
-        self.lm.decoder = forward
+        self.lm._checked = True
+        self.lm.view = self._view
+
+    def _view(self):
+        view = ModelView(self.lm.model)
+        view.decoder = functools.partial(self.forward, view.decoder)
+        return view
+
+    def forward(self, decoder, **arguments):
+        size = arguments["input_ids"].shape[1]
+        if arguments.get("position_ids") is not None:  # not the prompt
+            self.calls.append(size)
+            if size > self.rows:
+                self.failures += 1
+                raise self.says
+        return decoder(**arguments)
 
 
 OUT_OF_MEMORY = [
@@ -296,7 +301,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_result(name, lm, caplog):
     assert [getattr(found.usage, c) for c in counts] == [getattr(expected.usage, c) for c in counts]
     if max(cramped.calls) > 2:
         assert cramped.failures <= 2  # 8 rows, 4, then it stays at 2
-        assert [m for m in caplog.messages if "out of memory" in m and "going on with" in m]
+        assert [m for m in caplog.messages if "out of memory" in m and "continuing with" in m]
         assert max(cramped.calls[-3:]) <= 2
 
 
@@ -336,7 +341,7 @@ def test_no_room_for_one_path_is_one_line(lm):
         raise OUT_OF_MEMORY[1]
 
     INJECTED["device out of memory"] += 1
-    cramped.lm.decoder = prompt_does_not_fit
+    cramped.forward = prompt_does_not_fit
     with pytest.raises(UnavailableError, match="out of memory with a prompt of 5 tokens and 8 paths"):
         searched(cramped.lm, "maxent")
 
@@ -526,12 +531,12 @@ def test_logits_that_are_no_distribution_are_named_with_their_prefix(name, broke
 
     def logits(prefix):
         values = table(prefix)
-        if len(prefix) >= 3:  # one token behind the prompt
+        if len(prefix) >= 3:  # one token after the prompt
             values[: len(BROKEN[broken])] = BROKEN[broken]
         return values
 
     INJECTED["model gives no distribution"] += 1
-    with pytest.raises(ModelError, match=r"table gave logits with NaN .* 1 tokens behind the prompt, after '1 2 \d '"):
+    with pytest.raises(ModelError, match=r"table gave logits with NaN .* 1 tokens after the prompt, after '1 2 \d '"):
         dts.decode(
             TableModel(logits, 5), (1, 2), reward=lambda text: 1.0, method=METHODS[name](4, 2.0), max_new_tokens=3
         )
@@ -542,9 +547,9 @@ def test_weights_of_nan_are_noticed_at_the_first_token():
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     INJECTED["model gives no distribution"] += 1
-    with pytest.raises(ModelError, match="0 tokens behind the prompt"):
+    with pytest.raises(ModelError, match="0 tokens after the prompt"):
         lm = HFModel(model, ByteTokenizer(), name="nan")
-        lm._tree_shaped = True
+        lm._checked = True
         dts.decode(lm, PROMPT, method=MaxEnt(4), max_new_tokens=3)
 
 
@@ -561,7 +566,7 @@ def test_no_duration_is_taken_from_a_clock_that_can_go_back():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found = f"{node.value.id}.{node.attr}"
                 if found in ("time.time", "time.time_ns", "datetime.utcnow") or (
-                    found == "datetime.now" and path.name != "results.py"
+                    found == "datetime.now" and path.name != "run_folder.py"
                 ):
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {found}")
             if isinstance(node, ast.ImportFrom) and node.module == "time":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dts.evaluation.forecasting import Spectrum, expect, weighted_median, weighted_vote
+from dts.evaluation.measures.forecasting import Spectrum, expect, weighted_median, weighted_vote
 
 WAVE = 100 + 20 * np.sin(np.arange(240) * np.pi / 12)  # ten seasons of 24
 

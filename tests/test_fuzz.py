@@ -1,4 +1,4 @@
-"""Malformed input: every loader and every command answers with one line, and leaves no partial file.
+"""Malformed input: every loader, every command and every call answers with one line, and leaves no partial file.
 
 A few hundred inputs by default. The thorough run, which docs/hardening.md reports:
 
@@ -11,34 +11,45 @@ from __future__ import annotations
 
 import collections
 import gzip
+import importlib.util
 import io
 import json
+import math
 import os
+import random
 import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from fakes import FakeTask, fake_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig, TemperatureLogitsWarper
 
+import dts
 import dts.__main__ as dts_cli
 from dts import fetch
 from dts.errors import UnavailableError, UsageError
-from dts.evaluation import cli, data, study
-from dts.evaluation.config import ExperimentConfig, read_config_file
-from dts.evaluation.engines.local import run_jobs
+from dts.evaluation import cli, data
+from dts.evaluation.experiment.config import ExperimentConfig, read_config_file
+from dts.evaluation.experiment.engines.local import run_jobs
 from dts.evaluation.report import __main__ as report_cli
-from dts.evaluation.results import read_jsonl
+from dts.evaluation.run_folder import read_jsonl
+from dts.evaluation.studies import equal_tokens as study
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tracking import NullTracker
 from dts.models.registry import read_models_file
+from dts.models.table import TableModel
+from dts.search import Beam, Greedy, MaxEnt, Sampling
 from dts.training import cli as training_cli
 from dts.training.config import assignment, from_mapping
 from dts.training.data import read_rows
@@ -80,7 +91,7 @@ ROWS = (
     '{"prompt": "hi", "response": "ho", "group": "a"}\n'
     '{"source_text": "a", "post_text": "b", "reply_text": "c", "reply_likes": 3, "thread": 7}\n'
 )
-TASK_FILE = Path(str(study.__file__)).with_name("tasks").joinpath("keyword.yaml").read_text()
+TASK_FILE = Path(str(cli.__file__)).with_name("tasks").joinpath("keyword.yaml").read_text()
 TRAINING = "method: sft\nmodel: x/y\ndata: [a.jsonl]\nlora: {r: 4}\nlearning_rate: 2e-4\n"
 RECORDS = '{"model": "red", "dataset": "har", "seed": 0, "sample": 0, "method": "greedy", "time": 0.5}\n' * 2
 
@@ -282,7 +293,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "make_tracker", lambda *_: NullTracker())
     monkeypatch.setattr(cli, "find_engine", lambda *_: run_jobs)
-    monkeypatch.setattr("dts.evaluation.runner.run", lambda *_, **__: {})
+    monkeypatch.setattr("dts.evaluation.experiment.run.run", lambda *_, **__: {})
     monkeypatch.setattr(study, "run", lambda *_, **__: None)
     monkeypatch.setattr(study, "write_report", lambda _: "")
     return tmp_path
@@ -316,6 +327,8 @@ def test_malformed_command_lines_of_the_other_commands(here, capsys, monkeypatch
 
     monkeypatch.setattr(fetch, "pip_download", unreachable)
     monkeypatch.setenv("DTS_CACHE", str(here.parent / "cache-of-fuzz"))
+    if importlib.util.find_spec("trl") is not None:  # imported now, it does not keep the replacement for later tests
+        importlib.import_module("dts.training.expert")
     monkeypatch.setattr("dts.training.run.train", lambda *_, **__: Path("nowhere"))
     monkeypatch.setattr(training_cli, "_show", lambda _: None)
     config = here.parent / "sft.yaml"
@@ -368,6 +381,139 @@ def test_malformed_archives_leave_nothing(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "deep", ignore_errors=True)
 
     run()
+
+
+# Calls of the library ------------------------------------------------------------------------------------------------
+
+CALLS = 10_000
+
+
+def wild(rng: random.Random) -> Any:
+    """A value of any type, most of them wrong wherever they stand."""
+    return rng.choice([
+        None, True, False, 0, 1, 2, 3, 7, -1, 10**20, -(10**20), 0.0, 0.5, 1.0, 2.7, -0.5, math.nan, math.inf,
+        -math.inf, 1e-320, 1e308, "", "3", "x", "e", "a\ud800", "\x00", "😀", "cpu", b"x", bytearray(b"x"),
+        memoryview(b"x"), [], [1], ["x"], [[1, 2]], [[]], (), (1,), {}, {"a": 1}, {1}, frozenset(), range(2), object(),
+        Ellipsis, Decimal("1"), Fraction(1, 2), 1j, np.int64(3), np.float32(0.5), np.bool_(True), np.array([1, 2]),
+        np.array(["x"]), np.array(3), np.zeros((2, 2)), torch.tensor(2), torch.tensor([1.5]), torch.tensor([4, 5]),
+        torch.zeros(0), Path("x"), ValueError("x"), int, str, Greedy, dts.Budget, Greedy(), dts.Budget(rollouts=1), len,
+        max, lambda: 1, lambda: None, lambda a: a, lambda a, b: b, lambda a, b: None, lambda a, b, c: a, iter([1]),
+        random, "a" * 300,
+    ])  # fmt: skip
+
+
+def texts(rng: random.Random) -> str:
+    alphabets = ["abc .", "=\n\t\x00\u200d", "éüß€北京😀", "\ud800\udfffa", "<|im_start|></s>0123456789"]
+    return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randrange(12)))
+
+
+def prompts(rng: random.Random) -> Any:
+    ids = [rng.choice([0, 4, 9, 100, 259, 259, 260, -1, 10**9]) if rng.random() < 0.2 else rng.randrange(4, 260)
+           for _ in range(rng.randrange(1, 6))]  # fmt: skip
+    if rng.random() < 0.5:
+        return [4, 9, 30]
+    forms: list[Callable[[], Any]] = [
+        lambda: ids, lambda: tuple(ids), lambda: np.array(ids), lambda: torch.tensor([ids]), lambda: [ids],
+        lambda: {"input_ids": ids, "attention_mask": [rng.randrange(2) for _ in ids]}, lambda: {"input_ids": wild(rng)},
+        lambda: [*ids, wild(rng)], lambda: " ".join(map(str, ids)), lambda: texts(rng), lambda: wild(rng),
+        lambda: [message(rng) for _ in range(rng.randrange(1, 4))], lambda: [message(rng), wild(rng)],
+    ]  # fmt: skip
+    return rng.choice(forms)()
+
+
+def message(rng: random.Random) -> Any:
+    content = rng.choice([texts(rng), texts(rng), [{"type": "text", "text": texts(rng)}], [wild(rng)], wild(rng)])
+    role = wild(rng) if rng.random() < 0.1 else rng.choice(["user", "assistant", "system"])
+    return {"role": role, "content": content}
+
+
+DECODE = {
+    "reward": lambda rng: rng.choice([None, len, lambda text: text.count("e"), lambda texts: [1.0] * len(texts)]),
+    "max_new_tokens": lambda rng: rng.randrange(1, 4),
+    "min_new_tokens": lambda rng: rng.randrange(3),
+    "batch_size": lambda rng: rng.choice([None, 1, 5]),
+    "temperature": lambda rng: rng.choice([1.0, 0.1, 1e-320, 1e300, np.float64(0.7), 2]),
+    "top_k": lambda rng: rng.choice([None, 1, 50, 10**6]),
+    "top_p": lambda rng: rng.choice([None, 1e-300, 0.5, 1]),
+    "stop": lambda rng: rng.choice([(), texts(rng), [texts(rng), "e"], {"=" * 16}]),
+    "logits_processor": lambda rng: rng.choice([None, [], lambda ids, row: row, TemperatureLogitsWarper(0.5)]),
+    "chat_template_kwargs": lambda rng: rng.choice([None, {}, {"enable_thinking": False}]),
+    "seed": lambda rng: rng.randrange(2**70),
+    "max_kv_bytes": lambda rng: rng.choice([None, 1, 10**6]),
+    "budget": lambda rng: rng.choice([None, dts.Budget(rollouts=2), dts.Budget(tokens=9)]),
+    "on_rollout": lambda rng: rng.choice([None, lambda rollout: None]),
+    "method": lambda rng: rng.choice([Greedy(), Sampling(2), MaxEnt(3), Beam(2), MaxEnt(3, search="best")]),
+}  # fmt: skip
+
+
+def decode_call(rng: random.Random, lms: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    options = {name: DECODE[name](rng) for name in rng.sample(sorted(DECODE), 4)} | {"method": DECODE["method"](rng)}
+    options.setdefault("max_new_tokens", 2)
+    for name in rng.sample(sorted(DECODE), rng.choice([0, 0, 1, 1, 2])):
+        value = wild(rng)
+        # What the caller's own function raises is the caller's.
+        options[name] = value if name != "on_rollout" or not callable(value) else None
+    lm = wild(rng) if rng.random() < 0.02 else rng.choice(lms)
+    return dts.decode, (lm, prompts(rng)), options
+
+
+def generate_call(rng: random.Random, lm: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    config = GenerationConfig(num_return_sequences=1, max_length=8)
+    fields = [name for name in vars(config) if not name.startswith("_")]
+    for name in rng.sample(fields, rng.choice([0, 1, 1, 2])):
+        setattr(config, name, wild(rng))
+    options: dict[str, Any] = {"lm": lm, "method": rng.choice([Greedy(), Sampling(2)]), "generation_config": config}
+    names = [*options, "reward", "seed", "stop", "logits_processor", "stopping_criteria", "attention_mask",
+             "position_ids", "past_key_values", "inputs_embeds", "use_cache", "surprise"]  # fmt: skip
+    for name in rng.sample(names, rng.choice([0, 0, 1, 2])):
+        options[name] = wild(rng)
+    inputs = torch.tensor([[5, 6, rng.choice([7, 259, 260, -3])]] * rng.choice([1, 2]))
+    return dts.generate, (lm.model, inputs if rng.random() < 0.9 else wild(rng)), options
+
+
+def load_call(rng: random.Random, lm: Any, folder: Path) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    pair = (lm.model, lm.tokenizer)
+    names = ["device", "dtype", "device_map", "models_file", "trust_remote_code", "quantization"]
+    options = {name: wild(rng) for name in rng.sample(names, rng.choice([0, 1, 1, 2, 3]))}
+    model = rng.choice([pair, pair[::-1], pair[:1], (*pair, 3), (wild(rng), pair[1]), (pair[0], wild(rng)), wild(rng),
+                        wild(rng), texts(rng), str(folder), folder, "smollm", "no/such/model"])  # fmt: skip
+    return dts.load, (model,), options
+
+
+def test_random_calls_end_in_a_result_or_an_error_of_the_library(tiny_lm, tmp_path, monkeypatch):
+    """10,000 calls of decode, generate and load, the same in each run. FUZZ_SEED=n tries others."""
+    monkeypatch.setattr("dts.models.loading._reach_hub", offline)
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(int(os.environ.get("FUZZ_SEED", 0)))
+    table = TableModel(lambda prefix: np.zeros(5), 5, eos=0, context_length=16)
+    makers = [lambda: decode_call(rng, [table, table, tiny_lm]), lambda: generate_call(rng, tiny_lm),
+              lambda: load_call(rng, tiny_lm, tmp_path)]  # fmt: skip
+    for _ in range(CALLS):
+        function, given, options = rng.choices(makers, [6, 2, 2])[0]()
+        kind = f"call: {function.__name__}"
+        TRIED[kind] += 1
+        try:
+            function(*given, **options)
+        except dts.DTSError as error:
+            REFUSED[kind] += 1
+            if "\n" in str(error):
+                pytest.fail(f"{kind}: more than one line: {error} for {arguments(given, options)}")
+        except Exception as error:
+            raise AssertionError(f"{kind}: {arguments(given, options)}") from error
+    assert all(0.3 < REFUSED[kind] / TRIED[kind] < 1 for kind in TRIED if kind.startswith("call: "))
+
+
+def arguments(given: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What a call was given; configurations that hold nonsense cannot show themselves."""
+    config = options.get("generation_config")
+    fields = {key: value for key, value in vars(config).items() if value is not None} if config else None
+    return repr(
+        ([part for part in given if not isinstance(part, torch.nn.Module)], options | {"generation_config": fields})
+    )
+
+
+def offline(spec: Any) -> None:
+    raise UnavailableError(f"model {spec.name!r} cannot be had: there is no network")
 
 
 # The count ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ VOCAB, HORIZON, PROMPT = 5, 4, (1, 2)
 
 
 class Pairs:
-    """Monotone, in [0, 1]: what a table gives for each token and the one before it; nothing more behind EOS (0)."""
+    """Monotone, in [0, 1]: what a table gives for each token and the one before it; nothing more after EOS (0)."""
 
     name, monotone = "pairs", True
 
@@ -118,7 +118,7 @@ def numbers(result: Result) -> dict[str, float]:
     if result.values is not None:
         values = result.values
         found |= {"value": values.value(), "mean": values.mean[0], "open": values.log_open[0]}
-        found |= {f"entered {node}": values.entered[node] for node in list(tree.children(0))[:3]}
+        found |= {f"entered {node}": values.visits.entered[node] for node in list(tree.children(0))[:3]}
         found["weighted values"] = math.fsum(node * values.value(node) for node in range(len(tree)))
     if result.values is not None or result.log_weights is not None:
         found["effective"] = result.effective_sample_size

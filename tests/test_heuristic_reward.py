@@ -178,8 +178,8 @@ def test_fifty_real_replies(shared_data):
 
 
 def test_the_documents_code_runs():
-    page = (Path(__file__).parents[1] / "docs" / "two_phase.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "heuristic_reward" in code]
     names: dict = {}
     exec(compile(code, "docs", "exec"), names)  # our own page
     question, bare = names["reward"]([names["post"]] * 2, ["How long will the repairs take, do you know?", "ok"])

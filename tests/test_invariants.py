@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_task_rewards import ANY, BUILT_IN, decode
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from toys import finish
 from transformers import PreTrainedTokenizerFast
 
 from dts.lm import PROMPT_SLOT
@@ -22,7 +23,7 @@ from dts.models.huggingface import HFModel
 from dts.models.sessions import full_logits
 from dts.models.table import TableModel, random_logits
 from dts.rewards import Context, Finished, clip, gate, minimum, weighted_sum
-from dts.search.loop import Search
+from dts.search import Search
 from dts.settings import Budget, Decoding
 from dts.softvalue import SoftValues, logsumexp
 from dts.text import TextState, advance, flush
@@ -132,8 +133,8 @@ class SearchMachine(RuleBasedStateMachine):
         if leaves:
             leaf = leaves[pick % len(leaves)]
             for _ in range(times):  # a leaf reached twice counts once
-                self.search.finish([leaf], [0])
-                self.values.finish(leaf)
+                self.search.record([leaf], [0])
+                finish(self.values, leaf)
             self.finished += [leaf] * (leaf not in self.finished)
 
     @rule(pick=DRAWN)
@@ -168,7 +169,7 @@ class SearchMachine(RuleBasedStateMachine):
         for leaf in self.finished:
             for node in (ROOT, *tree.path(leaf)):
                 count[node] += 1
-        assert list(self.values.visits) == count
+        assert list(self.values.visits.finished) == count
         assert sorted(self.finished) == tree.leaves()
         assert len(self.search.rollouts) >= len(self.finished)
 
@@ -193,8 +194,8 @@ class SearchMachine(RuleBasedStateMachine):
         while frontier:
             node = frontier.pop()
             if self.tree.terminal[node]:
-                self.search.finish([node], [0])
-                self.values.finish(node)
+                self.search.record([node], [0])
+                finish(self.values, node)
                 continue
             if not self.search.evaluated(node):
                 self.search.evaluate([node])
@@ -252,7 +253,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.session = self.lm.open(PROMPT_IDS, batch_size=LANES, max_new_tokens=LENGTH, max_kv_bytes=self.bound)
         self.ids = {PROMPT_SLOT: tuple(PROMPT_IDS)}
         self.failing = 0
-        decoder, machine = self.lm.decoder, self
+        decoder, machine = self.session.forest._view.decoder, self
 
         class Tight:
             """The model, which at times has no memory for more than one row."""
@@ -263,9 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
                 return decoder(**arguments)
 
-        view = HFModel.__new__(HFModel)
-        view.__dict__ = {**self.lm.__dict__, "decoder": Tight()}
-        self.session._lm = view
+        self.session.forest._view.decoder = Tight()
 
     @rule(data=st.data())
     def extend(self, data):
@@ -286,12 +285,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def memory_comes_back(self):
         self.failing = 0
-        self.session._at_once = LANES
+        self.session.forest._at_once = LANES
 
     @invariant()
     def lanes_hold_paths(self):
         cache = self.session.cache
-        for path in cache._path:
+        for path in cache._path.values():
             assert all(cache._parent[slot] == before for before, slot in itertools.pairwise([PROMPT_SLOT, *path]))
             assert len(path) <= LENGTH - 1
 
@@ -307,7 +306,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def the_bound_is_kept_and_everything_is_counted_once(self):
         usage, cache = self.session.usage, self.session.cache
-        assert self.bound is None or cache.bytes() <= self.bound
+        prompt = sum(segment.held.nbytes for segment in self.session.prompt.chain())
+        assert self.bound is None or prompt + cache.bytes() <= self.bound
         assert (
             usage.forwarded_tokens
             == len(self.ids) - 1 + usage.recomputed_tokens + len(PROMPT_IDS) - usage.cached_tokens

@@ -12,6 +12,7 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import dts
 from dts import fetch
 from dts.errors import UnavailableError, UsageError
 from dts.models import loading
@@ -244,3 +245,29 @@ def test_the_embedded_model_answers(smollm2):
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     made = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(made) and made[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model": 3}, "model=3 is not allowed; give a registry name"),
+    ({"model": ("one",)}, "give a pair"),
+    ({"model": ("model", "tokenizer")}, "give a pair"),
+    ({"device": 0.5}, "device=0.5"), ({"dtype": 16}, "dtype=16"), ({"dtype": torch.int8}, r"dtype=torch.int8"),
+    ({"device_map": 3}, "device_map=3"), ({"models_file": 1.5}, "models_file=1.5"),
+    ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"), ({"quantization": 4}, "quantization=4"),
+    ({"model": "a" * 5000}, "unknown model"),
+])  # fmt: skip
+def test_arguments_of_another_type_are_refused(change, message):
+    with pytest.raises(dts.UsageError, match=message):
+        dts.load(**{"model": "smollm2-135m", **change})
+
+
+def test_a_pair_in_the_wrong_order_is_refused(tiny_lm):
+    with pytest.raises(dts.UsageError, match=r"give a pair \(model, tokenizer\)"):
+        dts.load((tiny_lm.tokenizer, tiny_lm.model))
+    with pytest.raises(dts.UsageError, match="tokenizer='str' is not allowed"):
+        dts.load((tiny_lm.model, "tokenizer"))
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    with pytest.raises(dts.UsageError, match=r"has no config.json"):
+        dts.load(tmp_path)

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from toys import finish
 
 import dts
-from dts.evaluation.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.exact import PROMPT, instance, total_variation
 from dts.search import MaxEnt
-from dts.search.partition import Partition
+from dts.search.maxent.zestimate import Partition
 from dts.softvalue import SoftValues
 from dts.tree import Tree
 
@@ -82,11 +83,11 @@ def test_estimate_of_z_is_unbiased(batch_size, tokens):
 def test_forgetting_what_other_paths_finished_is_biased(monkeypatch):
     """The estimator needs the credits: without them, paths side by side lose what others finished below them."""
     monkeypatch.setattr(
-        Partition, "give_up", lambda self, draw: self._close(dataclasses.replace(draw, credits=[]), -math.inf)
+        Partition, "give_up", lambda self, trace: self._settle(dataclasses.replace(trace, credits=[]), -math.inf)
     )
-    close = Partition._close
+    settle = Partition._settle
     monkeypatch.setattr(
-        Partition, "_close", lambda self, draw, own: close(self, dataclasses.replace(draw, credits=[]), own)
+        Partition, "_settle", lambda self, trace, own: settle(self, dataclasses.replace(trace, credits=[]), own)
     )
     case, reward = token_level(0, sparse=True, vocab_size=4, horizon=3)
     found = relative_z(case, reward, 8.0, 200, batch_size=8)
@@ -113,13 +114,15 @@ def test_z_is_exact_when_every_sequence_is_finished():
     assert result.effective_sample_size == pytest.approx(1 / float(pi @ pi), rel=1e-9)
 
 
-def test_draws_leave_the_effective_sample_size_alone():
+def test_draws_leave_the_tree_and_its_estimate_alone():
     case, reward = token_level(1, vocab_size=5, horizon=4)
     result = search(case, reward, 5, 1.0)
-    before, leaves = result.effective_sample_size, len(result.tree.leaves())
-    result.sample(20)
-    assert len(result.tree.leaves()) > leaves
-    assert result.effective_sample_size == pytest.approx(before, rel=1e-12)
+    before, tree, tokens = result.effective_sample_size, result.tree.to_dict(), result.usage.forwarded_tokens
+    first = result.sample(20)
+    assert any(draw.token_ids not in {done.token_ids for done in result.completions} for draw in first)
+    assert result.tree.to_dict() == tree and result.effective_sample_size == before
+    assert result.usage.forwarded_tokens > tokens
+    assert result.sample(20) == first  # the seed alone decides
 
 
 def test_shares_are_those_of_the_target_and_count_for_what_was_not_finished():
@@ -131,7 +134,7 @@ def test_shares_are_those_of_the_target_and_count_for_what_was_not_finished():
     values = SoftValues(tree, 2.0)
     for leaf, reward in zip(leaves, (0.5, 1.0), strict=True):
         tree.terminal[leaf], tree.reward[leaf] = 1, reward
-        values.finish(leaf)
+        finish(values, leaf)
     # A leaf that is the only one of its node has all of it, however unlikely it is there.
     factors = np.exp([values.log_value[first], values.log_value[second]])
     weights, shares = np.array([0.5 + 0.1, 0.3 + 0.1]) * factors, values.log_shares()
@@ -166,8 +169,7 @@ def test_values_agree_with_each_other_when_a_search_is_over():
     case, reward = token_level(2, vocab_size=6, horizon=4)
     values = search(case, reward, 60).values
     before = list(values.log_value)
-    values.settle()
-    assert list(values.log_value) == pytest.approx(before, abs=1e-4)
+    assert list(values.settled().log_value) == pytest.approx(before, abs=1e-4)
 
 
 def test_a_token_level_reward_converges_to_the_target_with_a_glance_ahead():

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dts.evaluation import metrics
 from dts.evaluation.data import read_m4_csv
+from dts.evaluation.measures import metrics
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "m4_subset.csv.gz").is_file(), reason="needs ../shared/data")

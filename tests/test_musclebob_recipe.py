@@ -527,17 +527,16 @@ def test_bad_input_is_one_line_and_exit_code_2(command, message, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train_musclebob_improved.py", "test_musclebob.py"])
-def test_scripts_at_the_root(script):
+@pytest.mark.parametrize("script", ["compat/train_musclebob_improved.py", "compat/test_musclebob.py"])
+def test_scripts_of_earlier_systems(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--model" in done.stdout
 
 
 def test_the_page(base, monkeypatch):
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "musclebob.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "NameReward" in code]
     lm = dts.load(base)
     monkeypatch.setattr(dts, "load", lambda name: lm, raising=False)
     names: dict = {}

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dts
-from dts.evaluation import generations
-from dts.evaluation.comprehensive import run_script
-from dts.evaluation.comprehensive_report import markdown
-from dts.evaluation.protocol import CompareSettings, compare_models
-from dts.evaluation.replies import Item, Reply, Yardstick, read_items, sample_replies, text_values
+from dts.evaluation.finetuned import generations
+from dts.evaluation.finetuned.cli import run_script
+from dts.evaluation.finetuned.compare import CompareSettings, compare_models
+from dts.evaluation.finetuned.replies import Item, Reply, Yardstick, read_items, sample_replies, text_values
+from dts.evaluation.finetuned.report import markdown
 from dts.evaluation.rewards import Keywords
 from dts.evaluation.rewards.prompted import PromptKeywords, asked_words, prompt_keywords, prose
 from dts.evaluation.tasks import load_task

@@ -24,7 +24,7 @@ LINKED = ("models", "search", "training", "evaluation")
 
 
 def sources(folder: str) -> list[Path]:
-    """The Python files of a top-level folder, without those behind its links."""
+    """The Python files of a top-level folder, without those its links lead to."""
     return [Path(root) / file for root, _, files in os.walk(ROOT / folder) for file in files if file.endswith(".py")]
 
 
@@ -61,7 +61,7 @@ def test_nobody_imports_a_top_level_folder_by_its_bare_name():
 
 def test_the_linter_forbids_the_bare_names():
     pytest.importorskip("ruff", reason="ruff is part of the dev extra")
-    code = "from search.loop import Search\nimport models\n"
+    code = "from search.search import Search\nimport models\n"
     command = [
         sys.executable,
         "-m",

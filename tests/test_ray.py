@@ -21,15 +21,16 @@ from fakes import Calls, FakeTask, fake_backend, reward_failure
 from test_resume import BytesTask, contents, lines, no_pictures, tiny_backend
 
 from dts.errors import UnavailableError, UsageError
-from dts.evaluation.backend import Backend
 from dts.evaluation.cli import main
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.jobs import run_job
-from dts.evaluation.plan import Job, prepare
-from dts.evaluation.results import RunFolder, read_jsonl
-from dts.evaluation.runner import run
+from dts.evaluation.experiment.backend import Backend
+from dts.evaluation.experiment.config import ExperimentConfig
+from dts.evaluation.experiment.decode_job import run_job
+from dts.evaluation.experiment.plan import prepare
+from dts.evaluation.experiment.run import run
+from dts.evaluation.records import Job
+from dts.evaluation.run_folder import RunFolder, read_jsonl
 from dts.evaluation.tasks.base import Example
-from dts.evaluation.tracking import WandbTracker
+from dts.evaluation.tracking.wandb import WandbTracker
 from dts.rewards import Context, Finished, Reward, TerminalReward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +204,7 @@ def test_ctrl_c_stops_the_workers_and_leaves_a_folder_to_resume(tmp_path: Path, 
     worker = psutil.Process(int(pid.read_text()))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate()
-    assert process.returncode == 130 and "go on with --resume" in errors, errors
+    assert process.returncode == 130 and "continue with --resume" in errors, errors
     assert "Traceback" not in errors
     worker.wait(60)
     assert len(read_jsonl(only_run(tmp_path) / "samples.jsonl")) == 2
@@ -276,7 +277,7 @@ GPUS = {"CPU": 64.0, "GPU": 8.0}
     ],
 )
 def test_workers_find_room(machines: Any, options: dict[str, str], workers: int | None, expected: Any) -> None:
-    from dts.evaluation.engines.ray import divide
+    from dts.evaluation.experiment.engines.ray import divide
 
     assert divide(machines, ExperimentConfig(**options), workers, 20) == expected
     count, (cpus, gpus) = expected
@@ -286,7 +287,7 @@ def test_workers_find_room(machines: Any, options: dict[str, str], workers: int 
 
 @needs_ray
 def test_more_workers_than_gpus_are_refused() -> None:
-    from dts.evaluation.engines.ray import divide
+    from dts.evaluation.experiment.engines.ray import divide
 
     with pytest.raises(UsageError, match="--workers 9 is not allowed: the cluster has 8 GPUs"):
         divide([GPUS], ExperimentConfig(), 9, 20)
@@ -296,7 +297,7 @@ def test_more_workers_than_gpus_are_refused() -> None:
 
 @needs_ray
 def test_workers_keep_their_models() -> None:
-    from dts.evaluation.engines.ray import _Queue
+    from dts.evaluation.experiment.engines.ray import _Queue
 
     jobs = [Job(model, "har", 0, sample, "maxent") for model in ("red", "teal") for sample in range(4)]
     queue = _Queue(jobs)

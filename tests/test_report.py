@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import finish
 
 import dts
 from dts.errors import UsageError
 from dts.evaluation.report import tree_record, write_report
 from dts.evaluation.report.__main__ import main
-from dts.results import Result, Rollout, Usage
+from dts.results import Estimate, Result, Rollout, Usage
 from dts.search import BestOfN, MaxEnt
 from dts.softvalue import SoftValues
 from dts.tree import Tree
@@ -44,9 +45,9 @@ def small_result() -> Result:
     values = SoftValues(tree, reward_scale=2.0)
     for leaf, reward in zip(leaves, (0.25, 1.0, 0.5), strict=True):
         tree.terminal[leaf], tree.reward[leaf] = 1, reward
-        values.finish(leaf)
+        finish(values, leaf)
     rollouts = [rollout(0, 0.25, 4, leaves[0]), rollout(1, 1.0, 4, leaves[1]), rollout(2, 0.5, 5, leaves[2])]
-    return Result([], rollouts, Usage(), tree, values, "maxent")
+    return Result([], rollouts, Usage(), tree, "maxent", estimate=Estimate(values=values))
 
 
 def letters(ids: Sequence[int]) -> str:
@@ -151,7 +152,7 @@ def wide_tree() -> dict[str, Any]:
             node = tree.add(node, ord("x"), -1.0, 0.0)
         tree.terminal[node], tree.reward[node] = 1, 0.5
     rollouts = [rollout(i, 0.5, 4 * i + 5, 4 * i + 4) for i in range(2000)]
-    return tree_record(Result([], rollouts, Usage(), tree, None, "best-of-n"), letters)
+    return tree_record(Result([], rollouts, Usage(), tree, "best-of-n"), letters)
 
 
 def hashed(script: str) -> str:

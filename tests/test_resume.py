@@ -17,14 +17,16 @@ import pytest
 from fakes import COLORS, Calls, FakeSpec, FakeTask, RecordingTracker, fake_backend, raise_after
 
 from dts.errors import UnavailableError
-from dts.evaluation.backend import Backend
 from dts.evaluation.cli import main
-from dts.evaluation.config import ExperimentConfig
-from dts.evaluation.engines.local import run_jobs
-from dts.evaluation.plan import Job, prepare
-from dts.evaluation.results import TIME_KEYS, RunFolder, read_jsonl
-from dts.evaluation.runner import run
+from dts.evaluation.experiment.backend import Backend
+from dts.evaluation.experiment.config import ExperimentConfig
+from dts.evaluation.experiment.engines.local import run_jobs
+from dts.evaluation.experiment.plan import prepare
+from dts.evaluation.experiment.run import run
+from dts.evaluation.records import Job
+from dts.evaluation.run_folder import RunFolder, read_jsonl
 from dts.evaluation.tasks.base import Example
+from dts.evaluation.tracking.keys import TIME_KEYS
 from dts.rewards import Context, Finished, Reward, TerminalReward
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +37,8 @@ SIZES = ["--models", "red", "--num-samples", "3", "--num-rollouts", "3", "--meth
 def no_pictures() -> Iterator[None]:
     """Drawing takes most of a small run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-        patch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+        patch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+        patch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
         yield
 
 
@@ -189,6 +191,25 @@ def test_five_kills_and_resumes_end_like_an_uninterrupted_run(
     assert len(first["samples.jsonl"]) == jobs and len([name for name in first if name.startswith("trees")]) == 8
     assert first == second
     assert (straight / "config.json").read_bytes() == (broken / "config.json").read_bytes()
+
+
+def test_a_killed_run_and_its_resumed_one_are_one_wandb_run(start: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from wandb_file import offline_runs, set_aside
+
+    command = ["--models", "red", "--methods", "maxent", "--seeds", "0", "7", "--num-samples", "3",
+               "--num-rollouts", "8", "--rollout-batch", "1", "--max-tokens", "12", "--wandb-mode", "offline",
+               "--output-dir", str(tmp_path)]  # fmt: skip
+    kill_when(start(*command), lambda: next(tmp_path.glob("*/"), None), 10)
+    (folder,) = tmp_path.glob("*/")
+    set_aside(folder)
+    last = start("--resume", str(folder), "--wandb-mode", "offline")
+    last.join()
+    assert last.exitcode == 0
+    killed, *whole = offline_runs(folder)
+    assert killed.exit_code is None and "partial" not in killed.summary
+    assert [run.config["seed"] for run in whole] == [0, 7] and whole[0].id == killed.id != whole[1].id
+    assert [len(run.history) for run in whole] == [24, 24] and all(run.summary["partial"] is False for run in whole)
 
 
 # -- cut off in this process -------------------------------------------------------------------------------------------
@@ -383,14 +404,16 @@ def test_a_tracker_run_whose_end_was_not_recorded_is_made_anew(tmp_path: Path) -
 
 def test_wandb_has_one_step_per_rollout_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    from wandb_file import offline_runs
+    from wandb_file import offline_runs, set_aside
 
     task = FakeTask(fail=raise_after(Calls(), 6, KeyboardInterrupt()))
     arguments = [*SIZES, "--wandb-mode", "offline", "--quiet", "--output-dir", str(tmp_path)]
     assert main(arguments, fake_backend(task)) == 130
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    set_aside(folder)
     assert main(["--resume", str(folder)], fake_backend()) == 0
     first, second = offline_runs(folder)
+    assert first.id == second.id
     assert (first.exit_code, first.summary["partial"]) == (1, True)
     assert (second.exit_code, second.summary["partial"]) == (0, False)
     rows = [r["rollout_reward"] for r in second.history if "rollout_reward" in r]

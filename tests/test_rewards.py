@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
+import torch
 
 import dts
 from dts.rewards import Context, Finished, TerminalReward, checked_finish, promised
@@ -65,6 +67,103 @@ def test_text_functions_single_and_batched():
 
     reward = dts.as_reward(annotated)
     assert reward.name == "annotated" and finish(reward, "abc") == [3.0]
+
+
+def of_iterable(texts: Iterable[str]):
+    return (float(len(text)) for text in strings_in_a_list(texts))
+
+
+def of_tuple(texts: tuple[str, ...]):
+    return [len(text) for text in strings_in_a_list(texts)]
+
+
+def of_list(texts: list[str]):
+    return torch.tensor([len(text) for text in strings_in_a_list(texts)])
+
+
+def of_anything(texts):
+    return [float(len(text)) for text in strings_in_a_list(texts)]
+
+
+def of_anything_as_array(texts):
+    return np.array([len(text) for text in texts])
+
+
+def strings_in_a_list(texts):
+    assert isinstance(texts, list)
+    return texts
+
+
+@pytest.mark.parametrize("score", [of_iterable, of_tuple, of_list, of_anything, of_anything_as_array])
+@pytest.mark.parametrize("texts", [("abc",), ("a", "bcdef"), ("",)])
+def test_a_function_of_several_texts_is_recognised_with_and_without_annotations(score, texts):
+    assert finish(dts.as_reward(score), *texts) == [float(len(text)) for text in texts]
+
+
+@pytest.mark.parametrize("wrap", [float, np.float32, torch.tensor, lambda x: torch.tensor([float(x)]),
+                                  lambda x: np.array([[float(x)]])])  # fmt: skip
+def test_a_number_for_one_text_may_come_as_a_scalar_or_in_an_array_of_one(wrap):
+    assert finish(dts.as_reward(lambda text: wrap(text.count("a"))), "aaaaa", "ab") == [5.0, 1.0]
+    assert finish(dts.as_reward(lambda text: wrap(text.count("a"))), "a") == [1.0]
+
+
+def test_who_says_so_need_not_be_found_out():
+    calls = []
+
+    def score(texts):
+        calls.append(texts)
+        return [1.0] * len(texts)
+
+    assert finish(dts.as_reward(score, batched=True), "a", "b") == [1.0, 1.0] and calls == [["a", "b"]]
+    counting = dts.as_reward(lambda text: calls.append(text) or 2.0)
+    assert finish(counting, "c", "d") == [2.0, 2.0] and calls[1:] == ["c", "d"]  # no text is scored twice
+
+
+async def later(text):
+    return 1.0
+
+
+class Later:
+    async def __call__(self, text):
+        return 1.0
+
+
+@pytest.mark.parametrize("reward", [later, Later()])
+def test_async_functions_are_refused_at_once(reward):
+    with pytest.raises(dts.UsageError, match="async function"):
+        dts.as_reward(reward)
+
+
+@pytest.mark.parametrize(("score", "message"), [
+    (lambda text: later(text), "returned a coroutine"), (lambda text: None, "returned None, not a number"),
+    (lambda text: 10**400, "not a number that fits a float"), (lambda text: 1j, "not a number"),
+    (lambda text: {"a": 1.0}, "not a number"), (lambda text: [text], "not a number"),
+])  # fmt: skip
+def test_what_is_no_number_is_named(score, message):
+    with pytest.raises(dts.RewardError, match=message):
+        finish(dts.as_reward(score), "some text")
+
+
+def test_an_error_of_the_function_itself_is_the_one_that_is_shown():
+    with pytest.raises(dts.RewardError, match="KeyError: 'some text'"):
+        finish(dts.as_reward(lambda text: {}[text]), "some text")
+
+
+def test_a_class_is_no_reward():
+    with pytest.raises(dts.UsageError, match=r"reward=Count is a class; give an instance of it: Count\(\.\.\.\)"):
+        dts.as_reward(Count)
+
+
+def test_a_subclass_knows_nothing_before_the_end_unless_it_says_so():
+    class Fixed(dts.Reward):
+        name = "fixed"
+
+        def finish(self, states, finished):
+            return [3.0] * len(finished)
+
+    reward = Fixed()
+    assert dts.as_reward(reward) is reward and walk(reward, "ab") == ([-math.inf] * 2, [math.inf] * 2, 3.0)
+    assert promised(reward, [None]) == [0.0]
 
 
 def test_trl_functions_get_what_they_name():

@@ -17,14 +17,17 @@ import pytest
 from fakes import COLORS, Calls, FakeSpec, FakeTask, RecordingTracker, fake_backend, raise_after, reward_failure
 
 from dts.errors import RewardError, UsageError
-from dts.evaluation.backend import Backend, load_model
-from dts.evaluation.config import ExperimentConfig, parse_size
-from dts.evaluation.engines.local import run_jobs
-from dts.evaluation.jobs import run_job, sample_seed
-from dts.evaluation.plan import Job, Plan, prepare
-from dts.evaluation.results import Record, RunFolder, read_jsonl, to_json
-from dts.evaluation.runner import Recorder, run, tree_path
-from dts.evaluation.summary import markdown
+from dts.evaluation.experiment.backend import Backend, load_model
+from dts.evaluation.experiment.config import ExperimentConfig, parse_size
+from dts.evaluation.experiment.decode_job import run_job, sample_seed
+from dts.evaluation.experiment.engines.local import run_jobs
+from dts.evaluation.experiment.outputs import tree_path
+from dts.evaluation.experiment.plan import Plan, prepare
+from dts.evaluation.experiment.recorder import Recorder
+from dts.evaluation.experiment.run import run
+from dts.evaluation.records import Job, Record
+from dts.evaluation.report.summary import markdown
+from dts.evaluation.run_folder import RunFolder, read_jsonl, to_json
 from dts.evaluation.tracking import NullTracker
 
 CONFIG = ExperimentConfig(models=tuple(COLORS), methods=("maxent", "greedy"), num_samples=2, num_rollouts=3)
@@ -34,8 +37,8 @@ ROLLOUTS = 2 * 2 * (3 + 1)  # models x samples x (maxent + greedy)
 @pytest.fixture(autouse=True)
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a fake run's time."""
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.runner.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
 
 
 def run_in(path: Path, backend: Backend, config: ExperimentConfig = CONFIG) -> tuple[RunFolder, Record]:
@@ -147,7 +150,7 @@ def test_names_are_matched_whatever_their_case_and_doubles_dropped() -> None:
     [
         *[("num_samples", 0), ("num_rollouts", -1), ("max_tokens", 0), ("max_tokens", 2.5), ("top_k", 0)],
         *[("top_p", 0.0), ("top_p", 1.1), ("temperature", 0.0), ("temperature", math.nan), ("data_seed", -1)],
-        *[("reward_scale", -1.0), ("reward_scale", math.inf), ("rollout_batch", 0)],
+        *[("reward_scale", -1.0), ("reward_scale", math.inf), ("reward_scale", 10**400), ("rollout_batch", 0)],
         *[("seeds", (0, -1)), ("seeds", ()), ("datasets", ()), ("max_kv_bytes", "2 rabbits"), ("max_kv_bytes", 0)],
         *[("quantization", "3bit"), ("save_trees", -1), ("tracker", "mlflow"), ("device", 3), ("models", (1,))],
         *[("experiment_name", "a/b"), ("wandb_mode", "later"), ("models", ()), ("methods", ())],

@@ -18,9 +18,9 @@ from families import random_model
 import dts
 from dts.errors import DTSError, UnavailableError, UsageError
 from dts.evaluation import cli, data
-from dts.evaluation.backend import check_prompts
-from dts.evaluation.config import read_config_file
-from dts.evaluation.judge import Judge
+from dts.evaluation.experiment.backend import check_prompts
+from dts.evaluation.experiment.config import read_config_file
+from dts.evaluation.finetuned.judge import Judge
 from dts.evaluation.tasks.registry import read_task_file
 from dts.models.loading import load_pretrained
 from dts.models.registry import read_models_file, resolve
@@ -306,7 +306,7 @@ def test_no_secret_of_the_environment_is_in_a_run_folder_or_a_log(tmp_path, monk
     pytest.importorskip("tensorboard") if tracker == "tensorboard" else None
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dts.evaluation.runner.write_charts", lambda *_: {})
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
     argv = ["--models", "red", "--num-samples", "1", "--num-rollouts", "2", "--output-dir", str(tmp_path), "--verbose",
             "--tracker", tracker, "--wandb-mode", "offline"]  # fmt: skip
     assert cli.main(argv, fake_backend()) == 0

@@ -10,14 +10,14 @@ import pytest
 from task_data import write_har, write_m4
 
 from dts.errors import UsageError
-from dts.evaluation.scores import main, tables
+from dts.evaluation.studies.task_metrics import main, tables
 from dts.evaluation.tasks import Task, load_task
 
 
 def run_folder(
     folder: Path, dataset: str, data: Path, method: str, paths: dict[str, list[tuple[str, float]]], **extra
 ) -> Path:
-    """What a run leaves behind: `paths` are text and reward of every rollout, by example id."""
+    """What a run leaves: `paths` are text and reward of every rollout, by example id."""
     task = load_task(dataset, data_dir=data)
     folder.mkdir()
     head = {"model": "m", "dataset": dataset, "seed": 0, "method": method}

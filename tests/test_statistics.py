@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from dts.evaluation import statistics
+from dts.evaluation.measures import statistics
 
 
 @pytest.mark.parametrize("method", ["bca", "percentile"])

@@ -11,9 +11,9 @@ import pytest
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation import study_report
-from dts.evaluation.results import RunFolder, read_jsonl
-from dts.evaluation.study import Study, main, run
+from dts.evaluation.run_folder import RunFolder, read_jsonl
+from dts.evaluation.studies import equal_tokens_report as study_report
+from dts.evaluation.studies.equal_tokens import Study, main, run
 
 
 def small(**changes):

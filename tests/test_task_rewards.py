@@ -213,6 +213,9 @@ def test_extend_leaves_the_parent_alone():
         ("walking, I think", None),
         ("Answer: ", None),
         ("Answer: wal", None),
+        *[(f"Answer: {word}", None) for word in ("walkingstick", "sittings", "sitting2", "not walking", "outsitting")],
+        ("Answer: walking upstairsx", "walking"),
+        ("Answer: walkings\nAnswer: sitting", "sitting"),
     ],
 )
 def test_label_of_a_text(text, label):
@@ -223,10 +226,10 @@ def test_label_is_earned_when_it_is_certain():
     reward = BUILT_IN["label"]()
     state = reward.start(Context("p", (), decode))
     earned = []
-    for token in encode("Answer: walking upstairs"):
+    for token in encode("Answer: walking upstairs."):
         state = reward.extend([state], [token])[0]
         earned.append(reward.earned([state])[0])
-    assert earned[:-1] == [0.0] * (len(earned) - 1)  # "walking" alone may go on
+    assert earned[:-1] == [0.0] * (len(earned) - 1)  # "walking" alone may continue, and so may a word
     assert earned[-1] == pytest.approx(0.2 + 0.8 * 0.7) == reward.upper([state])[0]
     assert reward.score_text("Answer: walking") == pytest.approx(0.2 + 0.8 * 0.1)
     assert reward.score_text("no idea") == 0.0
@@ -239,8 +242,20 @@ def test_label_is_earned_when_it_is_certain():
         ("The next 4 values: 301, 402,503", [301, 402, 503]),
         ("301 40", [301]),
         ("1234 301", [301]),
-        ("1,234 51.700 12. 301.5", [301]),
+        ("1,234 51.700 12. 301.5", []),
         ("none", []),
+        # a part of another number is none: signs, exponents, decimals, groups, units, times, fractions
+        *[(text, []) for text in ("-301", "−301", "–301", "1e301", "301e5", "301E-2", "301.5", ".301", ".5", "5.")],
+        *[
+            (text, [])
+            for text in ("301,5", "301,402.5", "12,301", "301,4021", "1.301", "301.402", "301'402", "301_402")
+        ],
+        *[(text, []) for text in ("301\u00a0402", "12\u202f301", "3 01", "30 1", "301%", "301km", "301abc", "x301")],
+        *[(text, []) for text in ("12:301", "301/402", "301-402", "301²", "３０１", "30１", "٣٠١", "2024-01-301")],
+        # what stands around a number does not change it
+        *[(text, [301]) for text in ("301", "301.", "301!", "+301", "(301)", "**301**", "Values:301", "=301", "`301`")],
+        *[(text, [301, 402]) for text in ("301. 402", "301;402", "|301|402|", "301\n402", "[301, 402]", "301,402,")],
+        ("-301 402", [402]),
     ],
 )
 def test_numbers_of_a_text(text, numbers):
@@ -296,6 +311,14 @@ def test_numbers_written_with_spaced_digits():
     spaced = rewards.NumberParser(3, 3, spaced=True)
     assert spaced.find("3 0 1, 4 0 2,505") == [301, 402, 505]
     assert spaced.find("3 0 1 9, 4 0") == []
+    assert spaced.find("The next 4 values: 3 0 1, 4 0 2") == spaced.find("3 0 1. 4 0 2") == [301, 402]
+    for part in ("-3 0 1", "- 3 0 1", "3 0 1.5", "3 0 1 . 5", "1 e 3 0 1", "3 0 1e5"):
+        assert spaced.find(f"{part}, 4 0 2") == [402], part
+
+
+def test_a_comma_makes_one_number_of_parts_that_have_another_width():
+    two = rewards.NumberParser(2, 4)
+    assert two.find("12,345") == two.find("12,3") == two.find("1,23") == [] and two.find("12,34 56") == [12, 34, 56]
 
 
 def test_first_claim_counts():
@@ -304,6 +327,8 @@ def test_first_claim_counts():
     assert reward.score_text("Falling, no, rising; seasonal") == 0.5
     assert reward.score_text("unseasonally rising") == 0.5
     assert reward.score_text("It is not rising. It is rising, and never really seasonal.") == 0.5
+    for denial in ("It is non-seasonal.", "It wasn't seasonal.", "It cannot be seasonal.", "They don't look seasonal."):
+        assert reward.score_text(f"{denial} It is rising.") == 0.5, denial
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,16 @@ from task_data import CLASSES, SHARED, write_har, write_m4, write_weather
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation import metrics, oracle
 from dts.evaluation.data import load_series, load_weather, read_har_npz
-from dts.evaluation.forecast_check import candidates, correlation
+from dts.evaluation.measures import metrics
 from dts.evaluation.rewards import ClaimReward
-from dts.evaluation.tasks import TASKS, Example, load_task
+from dts.evaluation.studies.forecast_reward import candidates, correlation
+from dts.evaluation.tasks import TASKS, Example, load_task, oracle
 from dts.evaluation.tasks.captions import facts, weather_facts
 from dts.evaluation.tasks.digits import Digits, digits_alone
-from dts.evaluation.tasks.registry import choose, read_task_file
+from dts.evaluation.tasks.registry import read_task_file
 from dts.evaluation.tasks.sft import main, sft_rows
+from dts.evaluation.tasks.task_file import choose
 from dts.models.huggingface import HFModel
 from dts.rewards import Context, Finished
 from dts.search import MaxEnt
@@ -53,7 +54,7 @@ def test_every_listed_task_loads(tmp_path, name):
     assert example.prompt[-1]["role"] == "user"
     assert set(task.clusters) == {one.id for one in task.examples}
     reward = task.reward(example)
-    assert reward.monotone and not oracle.is_oracle(reward.name)
+    assert reward.monotone and not oracle.is_oracle(reward)
     scores = task.score({e.id: "gibberish" for e in task.examples})
     assert scores["parse_failures"] == 1.0
     assert list(scores) == list(task.metrics)
@@ -174,7 +175,7 @@ def test_oracle_rewards_are_named_as_such(tmp_path):
     task = load_task("har", data_dir=write_har(tmp_path / "a"))
     example = task.examples[0]
     reward = oracle.oracle_reward(task, example, "oracle-accuracy")
-    assert oracle.is_oracle(reward.name) and oracle.is_oracle(dts.weighted_sum([(reward, 1.0)]).name)
+    assert oracle.is_oracle(reward) and oracle.is_oracle(dts.weighted_sum([(reward, 1.0)]))
     right = task._references[example.id].replace("_", " ")
     done = [Finished((), f"Answer: {right}"), Finished((), "?")]
     assert reward.finish([None, None], done) == [1.0, 0.0]

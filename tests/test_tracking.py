@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from wandb_file import OfflineRun, offline_runs
 
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.cli import main
-from dts.evaluation.results import read_jsonl
+from dts.evaluation.run_folder import read_jsonl
 from dts.evaluation.tracking import (
     FINAL_KEYS,
     ROLLOUT_KEYS,
@@ -151,13 +152,13 @@ def track(tracker: Tracker, head: dict[str, Any] = HEAD, *, complete: bool = Tru
             run.log_sample({**own, "best_reward": sample + 0.2, "time": 2.0, "nodes": 15,
                             "monotonicity": 1.0 if count > 1 else None})  # fmt: skip
     runs = [summarised(method, seed) for seed in (3, 4) for method in METHODS]  # seed 4 is another tracker run
-    run.finish({"runs": runs}, {"bars": charts} if charts else {}, complete=complete)
+    run.finish(runs, {"bars": charts} if charts else {}, complete=complete)
 
 
 def summarised(method: str, seed: int) -> dict[str, Any]:
     return {"model": HEAD["model"], "dataset": "har", "seeds": [seed], "method": method, "metrics": {"accuracy": 0.5},
-            "final/avg_best_reward": float(seed), "final/avg_monotonicity": 1.0 if method == "maxent" else None,
-            "final/avg_time_per_sample": 2.0, "final/total_time": 4.0}  # fmt: skip
+            "avg_best_reward": float(seed), "avg_monotonicity": 1.0 if method == "maxent" else None,
+            "avg_time_per_sample": 2.0, "total_time": 4.0}  # fmt: skip
 
 
 def events(folder: Path) -> Any:
@@ -229,3 +230,10 @@ def test_a_tracker_that_is_missing_or_unknown_says_what_to_do(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where the package is not installed
     with pytest.raises(UnavailableError, match="pip install tensorboard"):
         make_tracker("online", tmp_path, "x", kind="tensorboard")
+
+
+def test_names_that_trackers_use_stand_in_one_module() -> None:
+    root = Path(__file__).parents[1] / "evaluation"
+    files = [path for kind in ("py", "html", "js") for path in root.rglob(f"*.{kind}")]
+    named = {path.relative_to(root).as_posix() for path in files if re.search(r"""["'{]final/""", path.read_text())}
+    assert named == {"tracking/keys.py"}

@@ -123,11 +123,11 @@ def test_configs_of_the_repository(file, nothing_runs):
         assert (grpo.kl_coeff, grpo.temperature, grpo.n_generations, config.learning_rate) == (0.1, 0.8, 4, 1e-5)
         assert config.warm_start == f"output/experiments/{file.stem.removeprefix('grpo_from_')}_warmstart/seed_42"
     smoke = from_mapping(cli.read_config(file), SMOKE)
-    assert (smoke.model, smoke.max_steps) == ("smollm2-135m", 4)
+    assert (smoke.model, smoke.max_steps, smoke.warm_start) == ("smollm2-135m", 4, None)
     assert smoke.folder.startswith("output/experiments/")
 
 
-def test_all_names_of_the_inventory_are_there():
+def test_all_names_of_the_inventory_are_there(monkeypatch):
     names = {file.stem for file in CONFIGS}
     assert names >= {
         "baseline", "polychromic_0.3", "polychromic_1.0_moderate", "polychromic_2.0_aggressive", "baseline_warmstart",
@@ -136,7 +136,8 @@ def test_all_names_of_the_inventory_are_there():
     weights = {f.stem: from_mapping(cli.read_config(f)).polychromic.weight for f in CONFIGS if "polychromic_" in f.stem}
     assert weights["polychromic_0.3"] == 0.3
     assert weights["polychromic_2.0_aggressive"] == 2.0
-    assert (ROOT / "config" / "experiments" / "baseline.yaml").is_file()
+    monkeypatch.chdir(ROOT)
+    assert cli.read_config("config/experiments/baseline.yaml") == cli.read_config("configs/experiments/baseline.yaml")
     rows = [json.loads(line) for line in (ROOT / SMOKE["data"][0]).read_text().splitlines()]
     assert len(rows) == 48
 

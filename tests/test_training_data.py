@@ -50,6 +50,7 @@ def test_accepted_forms_and_sources(tmp_path):
         ({"prompt": " ", "response": "b"}, "prompt is ' '; give text"),
         ({**GOOD, "engagement": math.nan}, "engagement is nan; give a finite number"),
         ({**GOOD, "engagement": "many"}, "engagement is 'many'"),
+        ({**GOOD, "engagement": 10**400}, "give a finite number"),
         ({"source_text": "s", "reply_text": "r", "reply_likes": -1}, "reply_likes is -1; give a count >= 0"),
         ({"prompt": [{"role": "user"}], "response": "b"}, "is not a message"),
         ({"prompt": [{"role": "boss", "content": "a"}], "response": "b"}, "role 'boss' is unknown"),

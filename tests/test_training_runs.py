@@ -112,7 +112,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, method, chang
     with pytest.raises(KeyboardInterrupt):
         train(cut, reward=share_of_a, callbacks=[Interrupt(step)])
     assert not (Path(cut.folder) / "adapter_model.safetensors").exists()
-    # What a kill in the middle of a save leaves behind is passed over.
+    # What a kill in the middle of a save leaves is passed over.
     (Path(cut.folder) / "checkpoint-99").mkdir(exist_ok=True)
     resumed = train(cut, resume="auto", reward=share_of_a)
 
@@ -400,7 +400,7 @@ def test_settings_that_have_no_exact_gradient_are_refused():
 
 def test_the_code_of_the_page(config, base, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, flags=re.S) if '"sft"' in code]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rows.jsonl").write_text('{"prompt": "ab", "response": "cd"}\n')
     names: dict = {}

@@ -1,4 +1,4 @@
-"""Reads the records of a W&B offline run: LevelDB's log format behind a header of 7 bytes."""
+"""Reads the records of a W&B offline run: LevelDB's log format after a header of 7 bytes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class OfflineRun:
     """One run as W&B would upload it."""
 
     def __init__(self, path: Path) -> None:
+        self.id = path.stem.removeprefix("run-")
         self.history: list[dict[str, Any]] = []  # one row per step
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
@@ -58,6 +59,7 @@ class OfflineRun:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.project, self.name, self.tags = record.run.project, record.run.display_name, list(record.run.tags)
+                assert record.run.run_id == self.id
                 config += record.run.config.update
             elif kind == "config":
                 config += record.config.update
@@ -68,6 +70,12 @@ class OfflineRun:
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
         self.config = _values(config)
+
+
+def set_aside(folder: Path) -> None:
+    """Dates the offline runs of `folder` back, so that a run of the same id in the same second has its own folder."""
+    for path in folder.glob("wandb/offline-run-*"):
+        path.rename(path.with_name(f"offline-run-20200101_000000-{path.name.rpartition('-')[2]}"))
 
 
 def offline_runs(folder: Path) -> list[OfflineRun]:

@@ -1,4 +1,4 @@
-"""Models to train: a base model with a new LoRA adapter, or with a trained one to go on from."""
+"""Models to train: a base model with a new LoRA adapter, or with a trained one to continue from."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dts.errors import DTSError, UnavailableError, UsageError
-from dts.training.config import SMOKE, TrainConfig, assignment, from_mapping
+from dts.training.config import TrainConfig, assignment, from_mapping, smoke_layer
 from dts.yamlfile import read_yaml
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+EXPERT = "expert-iteration"
 VARIANTS = ("polychromic_1.0_moderate", "polychromic_2.0_aggressive")
 CONFIGS = Path("configs/experiments")
 
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     variants.add_argument("--configs", metavar="DIR", type=Path, default=CONFIGS, help=f"folder (default: {CONFIGS})")
     _run_options(variants)
     _resume_option(variants)
-    expert = commands.add_parser("expert-iteration", help="SFT on draws from pi*, in rounds", allow_abbrev=False)
+    expert = commands.add_parser(EXPERT, help="SFT on draws from pi*, in rounds", allow_abbrev=False)
     expert.add_argument("--config", required=True, metavar="FILE", help="its grpo section sets reward and search")
     expert.add_argument("--rounds", type=int, default=2, metavar="N", help="(default: 2)")
     _run_options(expert)
@@ -70,7 +71,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _resume_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume-from-checkpoint", metavar="auto|DIR", help="go on with the newest checkpoint, or DIR")
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="auto|DIR", help="continue with the newest checkpoint, or DIR"
+    )
 
 
 def hyphenated(argv: Sequence[str]) -> list[str]:
@@ -99,8 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DTSError as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
-        print("interrupted: go on with --resume-from-checkpoint auto", file=sys.stderr)
+        print("interrupted: continue with --resume-from-checkpoint auto", file=sys.stderr)
         return INTERRUPTED
+
+
+def command_main(argv: Sequence[str] | None = None) -> int:
+    """`dts train`: one of the commands, or the options of the command `train`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return main(given if given and not given[0].startswith("-") else ["train", *given])
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -119,6 +128,8 @@ def _elsewhere(command: str, argv: Sequence[str]) -> int:
 def read_config(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, with the file's name as the default `name`. Raises `UsageError`."""
     path = Path(file)
+    if path.parts[:1] == ("config",) and not path.exists():  # the folder's earlier name
+        path = Path("configs", *path.parts[1:])
     content = read_yaml(path, "--config")
     if not isinstance(content, Mapping):
         raise UsageError(f"--config {path} holds no settings; write lines like: method: sft")
@@ -127,10 +138,10 @@ def read_config(file: str | Path) -> dict[str, Any]:
 
 def configs(arguments: argparse.Namespace, file: str | Path) -> list[TrainConfig]:
     """The config of each seed: the file, then --smoke, then --set and the other options."""
-    layers: list[Mapping[str, Any]] = [read_config(file)]
+    content, changes = read_config(file), [assignment(text) for text in arguments.set]
+    layers: list[Mapping[str, Any]] = [content, *changes]
     if arguments.smoke:
-        layers.append(SMOKE)
-    layers += [assignment(text) for text in arguments.set]
+        layers.insert(1, smoke_layer(*layers, rewarded=arguments.command == EXPERT or _is_grpo(layers)))
     layers.append({key: getattr(arguments, key) for key in ("data", "output") if getattr(arguments, key) is not None})
     try:
         config = from_mapping(*layers)
@@ -139,8 +150,12 @@ def configs(arguments: argparse.Namespace, file: str | Path) -> list[TrainConfig
     return [replace(config, seed=seed) for seed in arguments.seeds or [config.seed]]
 
 
+def _is_grpo(layers: Sequence[Mapping[str, Any]]) -> bool:
+    return next((layer["method"] for layer in reversed(layers) if "method" in layer), None) == "grpo"
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command == "expert-iteration":
+    if arguments.command == EXPERT:
         return _expert_iteration(arguments)
     variants = arguments.command == "train-variants"
     files = [arguments.configs / f"{name}.yaml" for name in VARIANTS] if variants else [Path(arguments.config)]

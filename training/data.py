@@ -1,7 +1,7 @@
 """Training data: JSON Lines files (also .gz) of prompts, responses, engagement and groups.
 
 Accepted lines: {"messages": [...]}, {"prompt": text or messages, "response" or "completion": text}, both with optional
-"engagement" (a number), "group" or "thread", and "cut": true where the response goes on (no end is taught behind it);
+"engagement" (a number), "group" or "thread", and "cut": true where the response continues (no end is taught after it);
 and reply threads: {"source_text", "post_text", "reply_text", "reply_likes", "thread"}, whose engagement is
 log(1 + likes).
 """
@@ -9,16 +9,16 @@ log(1 + likes).
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dts.errors import UsageError
+from dts.yamlfile import lines, parse_json
 
 Message = dict[str, str]
 FIELDS = ("prompt", "response", "engagement", "group")
@@ -34,7 +34,7 @@ class Row:
     engagement: float | None  # finite; for reply threads log(1 + likes)
     group: str | None  # rows of a group belong together in any split
     source: str  # "file:line"
-    cut: bool = False  # the response goes on, so no EOS stands behind it
+    cut: bool = False  # the response continues, so no EOS follows it
 
 
 class _Bad(Exception):
@@ -51,7 +51,9 @@ def read_rows(paths: str | Path | Sequence[str | Path], *, need: Sequence[str] =
     rows: list[Row] = []
     for file in find_files(paths):
         before = len(rows)
-        for number, line in _lines(file):
+        for number, line in lines(file):
+            if not line.strip():
+                continue
             source = f"{file}:{number}"
             try:
                 rows.append(_row(line, source, need))
@@ -77,21 +79,9 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines that are not blank."""
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-
-
 def _row(line: str, source: str, need: Sequence[str]) -> Row:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise _Bad(f"not valid JSON ({error}); write one object a line") from None
     if not isinstance(record, dict):
@@ -160,7 +150,7 @@ def _engagement(record: dict[str, Any]) -> float | None:
     if value is None:
         return None
     name = "reply_likes" if likes else "engagement"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise _Bad(f"{name} is {value!r}; give a finite number, or leave it out")
     if likes and value < 0:
         raise _Bad(f"reply_likes is {value!r}; give a count >= 0")

@@ -66,7 +66,7 @@ def draw_rows(
 def expert_iteration(
     config: TrainConfig, reward: Reward | Callable[..., Any], *, rounds: int = 2, overwrite: bool = False
 ) -> list[Path]:
-    """`rounds` times: search with the model so far, then go on with SFT on draws of what it found.
+    """`rounds` times: search with the model so far, then continue with SFT on draws of what it found.
 
     Returns the rounds' folders; the draws stand in them as draws.jsonl. Search, lengths and temperature are those of
     `config.grpo`. The method of every round is sft, whatever the config says.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dts.errors import RewardError, UsageError
 from dts.lm import LanguageModel
 from dts.rewards import Context, Finished, Reward, as_reward, checked_finish
 from dts.training.data import Row
@@ -33,6 +35,37 @@ def find_reward(name: str, rows: Sequence[Row], *, search: bool = False) -> Rewa
         return load_reward_model(name)
     found: Callable[..., Any] = named(name, {"heuristic": None}, "grpo.reward")
     return found
+
+
+def check_prompts(reward: Reward | Callable[..., Any], rows: Sequence[Row], option: str) -> None:
+    """Raise `UsageError` naming the first row whose prompt the reward cannot use; no model is needed.
+
+    A reward is asked through `start`, a function through its attribute `check`, a function of a prompt that raises
+    `UsageError`; one without is tried on the first prompt with an empty completion.
+    """
+    for row in rows:
+        try:
+            if isinstance(reward, Reward):
+                reward.start(Context(row.prompt, (), lambda ids: ""))
+            elif hasattr(reward, "check"):
+                reward.check(row.prompt)
+            else:
+                _try_out(reward, row.prompt)
+                return
+        except UsageError as error:
+            raise UsageError(f"{row.source}: {option} cannot use this row: {error}") from error
+
+
+def _try_out(function: Callable[..., Any], prompt: Any) -> None:
+    """What else it raises may be about the empty completion, and is left for later."""
+    scorer = as_reward(function)
+    with contextlib.suppress(RewardError):
+        try:
+            checked_finish(scorer, [scorer.start(Context(prompt, (), lambda ids: ""))], [Finished((), "")])
+        except RewardError as error:
+            if isinstance(error.__cause__, UsageError):
+                raise error.__cause__ from None
+            raise
 
 
 def score(reward: Reward, lm: LanguageModel, prompt: Any, finished: Sequence[Finished]) -> list[float]:

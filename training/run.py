@@ -26,7 +26,7 @@ from dts.training.config import TrainConfig
 from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
 from dts.training.extra import require_train_extra
-from dts.training.rewards import find_reward
+from dts.training.rewards import check_prompts, find_reward
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def prepare(config: TrainConfig, *, resume: str | None = None, overwrite: bool =
         named(config.polychromic.distance, DISTANCES, "polychromic.distance")
         named(config.polychromic.gate, GATES, "polychromic.gate")
     if config.method == "grpo" and ":" in config.grpo.reward:
-        named(config.grpo.reward, {}, "grpo.reward")
+        check_prompts(named(config.grpo.reward, {}, "grpo.reward"), rows, f"grpo.reward={config.grpo.reward}")
     check_warm_start(config)
     check_folder(config, resume, overwrite)
     return rows
@@ -93,7 +93,8 @@ def train(
             raise
         raise UnavailableError(
             f"out of memory at step {trainer.state.global_step} of {config.name}: lower batch_size={config.batch_size}"
-            f", max_length={config.max_length} or the samples per prompt, and go on with --resume-from-checkpoint auto"
+            f", max_length={config.max_length} or the samples per prompt, and continue with "
+            "--resume-from-checkpoint auto"
         ) from error
     drop_reference(trainer.model)
     trainer.save_model()  # with the tokenizer and training_args.bin
@@ -174,7 +175,7 @@ def check_folder(config: TrainConfig, resume: str | None, overwrite: bool) -> No
 
 
 def _checkpoint(config: TrainConfig, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, with its settings compared: others would bend the schedule or the data order."""
+    """The checkpoint to continue from, with its settings compared: others would bend the schedule or the data order."""
     if resume is None:
         return None
     folder = Path(config.folder)

@@ -6,7 +6,6 @@ the same random numbers, and a resumed run draws what the uninterrupted one woul
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ import torch
 
 import dts
 from dts.models.huggingface import HFModel
-from dts.results import Completion, Result
 from dts.rewards import Prompt, Reward
 from dts.search import MaxEnt, Sampling
 
@@ -89,21 +87,11 @@ def draw_searched(
     result = dts.decode(
         lm, prompt, reward=reward, method=method, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-    estimate = copy.deepcopy(result.values)  # as it is now: draws add nodes to the tree
-    assert estimate is not None
+    assert result.values is not None
     draws = result.sample(n, seed)
-    log_weights = [draw.logprob - estimate.log_prob(draw.token_ids, _steps(result, draw)) for draw in draws]
+    log_weights = [draw.logprob - result.values.log_prob(draw.token_ids, draw.token_logprobs) for draw in draws]
     texts, ids = [draw.text for draw in draws], [draw.token_ids for draw in draws]
     return Group(lm.encode(prompt), ids, texts, log_weights, result.usage.forwarded_tokens)
-
-
-def _steps(result: Result, draw: Completion) -> list[float]:
-    """log p of each token of a completion that is in the tree."""
-    node, steps = 0, []
-    for token in draw.token_ids:
-        node = result.tree.child_with(node, token)
-        steps.append(result.tree.log_p[node])
-    return steps
 
 
 def effective_size(log_weights: Sequence[float]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation.data.files import lines, locate, numbers, table
+from dts.evaluation.data.files import locate, numbers, table
 from dts.evaluation.data.series import M4_HORIZON, M4_SEASON, Series, load_series
+from dts.yamlfile import lines, parse_json
 
 WEATHER_CHANNELS = ("temperature_c", "humidity_pct", "pressure_mbar", "wind_kmh")
 
@@ -51,22 +51,19 @@ def _weather(row: Any, where: str) -> Weather:
     if len({len(values) for values in readings.values()}) > 1 or not len(readings["wind_kmh"]):
         raise UsageError(f"{where}: the channels have {[len(v) for v in readings.values()]} readings; expected as many")
     caption = " ".join(row["caption"]) if _are_texts(row["caption"]) else row["caption"]
-    if not isinstance(caption, str) or not _are_texts([caption, str(row["start"])]):
+    if not isinstance(caption, str):
         raise UsageError(f"{where}: caption is {str(caption)[:40]!r}; give text or a list of sentences")
     return Weather(str(row["start"]), readings, caption)
 
 
 def _are_texts(value: Any) -> bool:
-    """A list of texts that can be written as UTF-8: JSON may spell half a surrogate pair."""
-    return isinstance(value, list) and all(
-        isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text) for text in value
-    )
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         raise UsageError(f"{where}: not JSON ({error})") from error
 
 

@@ -1,11 +1,9 @@
-"""What every reader needs: numbered lines, checked numbers, and the file that a folder holds."""
+"""What every reader needs: rows of a table, checked numbers, and the file that a folder holds."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.yamlfile import decode_text
+from dts.yamlfile import lines
 
 
 def locate(data_dir: str | Path, names: Sequence[str], option: str = "--data-dir") -> Path:
@@ -30,24 +28,6 @@ def locate(data_dir: str | Path, names: Sequence[str], option: str = "--data-dir
         f"{option} {path}: holds no {' or '.join(names)}; put the file there, or leave the option out for the "
         "data that `python -m dts fetch` provides"
     )
-
-
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 text file, plain or gzip, line ends included."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, _text(line, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-
-
-def _text(line: bytes, where: str) -> str:
-    try:
-        return decode_text(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: {str(error).removeprefix('line 1, ')}") from None
 
 
 def table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,7 +51,7 @@ def numbers(words: Sequence[str], where: str) -> np.ndarray:
     """Float64 [len(words)], all finite."""
     for position, word in enumerate(words):
         try:
-            finite = math.isfinite(float(word))
+            finite = math.isfinite(float(word)) and "_" not in word  # Python reads 1_0 as 10
         except ValueError:
             finite = False
         if not finite:

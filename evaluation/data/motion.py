@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation.data.files import lines, locate, numbers, table
+from dts.evaluation.data.files import locate, numbers, table
+from dts.yamlfile import lines
 
 BASIC_MOTIONS_HZ = 10.0  # one sample every tenth of a second, as the head of the file says
 BASIC_MOTIONS_SHAPE = (6, 100)  # channels, samples

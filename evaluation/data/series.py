@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation.data.files import lines, locate, numbers, positive, table
+from dts.evaluation.data.files import locate, numbers, positive, table
+from dts.yamlfile import lines
 
 M4_SEASON = {"Yearly": 1, "Quarterly": 4, "Monthly": 12, "Weekly": 1, "Daily": 1, "Hourly": 24}
 M4_HORIZON = {"Yearly": 6, "Quarterly": 8, "Monthly": 18, "Weekly": 13, "Daily": 14, "Hourly": 48}

@@ -18,11 +18,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dts.evaluation import charts, statistics
-from dts.evaluation.report.records import Run, load_runs
+from dts.evaluation.measures import statistics
+from dts.evaluation.records import Cell, Record, SampleRecord
+from dts.evaluation.report import charts
+from dts.evaluation.report.runs import Run, load_runs
+from dts.evaluation.report.summary import number
 from dts.evaluation.report.svg import inline_svg
-from dts.evaluation.results import Record, to_json, write_text
-from dts.evaluation.summary import number
+from dts.evaluation.run_folder import to_json, write_text
+from dts.evaluation.tasks.oracle import marked, oracles, sees_reference
 
 MAX_EXAMPLES = 12  # per data set
 SCRIPTS = ("tree.js", "overview.js", "viewer.js")
@@ -59,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters["number"] = number
+    environment.filters["method"] = lambda record: marked(record["method"], sees_reference(record))
     template = environment.from_string((files / "report.html").read_text(encoding="utf-8"))
     return template.render(
         title=" and ".join(dict.fromkeys(run.summary["experiment"] for run in runs)),
@@ -66,7 +70,7 @@ def render(runs: Sequence[Run]) -> str:
         colors={model: color for run in runs for model, color in run.colors.items()},
         settings=_settings(runs),
         rewards=rewards,
-        oracles=[name for name in rewards if name.startswith("oracle")],
+        oracles=oracles(samples),
         datasets=[_dataset(name, runs) for name in dict.fromkeys(sample["dataset"] for sample in samples)],
         trees=trees,
         data=_inert(trees),
@@ -110,8 +114,8 @@ def _dataset(name: str, runs: Sequence[Run]) -> Record:
     return {
         "name": name,
         "charts": [
-            {"name": key, "title": title, "caption": caption,
-             "svg": Markup(inline_svg(drawn[key], f"{_slug(name)}-{key}", title))}
+            {"name": key, "title": marked(title, bool(oracles(samples))), "caption": caption,
+             "svg": Markup(inline_svg(drawn[key], f"{_slug(name)}-{key}", marked(title, bool(oracles(samples)))))}
             for key, (title, caption) in CHARTS.items()
         ],
         "rows": [{**cell, "difference": _difference(cell, cells[0], samples)} for cell in cells],
@@ -128,10 +132,10 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
 
-def _difference(cell: Record, reference: Record, samples: Sequence[Record]) -> statistics.Interval | None:
+def _difference(cell: Cell, reference: Cell, samples: Sequence[SampleRecord]) -> statistics.Interval | None:
     """Best reward less that of the reference on the same samples, with its 95 % interval over clusters of examples."""
 
-    def own(run: Record) -> dict[tuple[str, int], Record]:
+    def own(run: Cell) -> dict[tuple[str, int], SampleRecord]:
         chosen = [s for s in samples if (s["model"], s["method"]) == (run["model"], run["method"])]
         return {(s["id"], s["seed"]): s for s in chosen}
 
@@ -149,9 +153,9 @@ def _difference(cell: Record, reference: Record, samples: Sequence[Record]) -> s
     return found if math.isfinite(found.low) else None
 
 
-def _examples(samples: Sequence[Record]) -> list[Record]:
+def _examples(samples: Sequence[SampleRecord]) -> list[Record]:
     """The first examples, with the answers of every model and method to the same prompt and seed."""
-    groups: dict[tuple[str, int], list[Record]] = {}
+    groups: dict[tuple[str, int], list[SampleRecord]] = {}
     seeds: dict[str, int] = {}
     for sample in samples:
         seed = seeds.setdefault(sample["id"], sample["seed"])

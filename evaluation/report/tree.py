@@ -59,10 +59,9 @@ def tree_record(result: Result, decode: Callable[[Sequence[int]], str], *, max_n
         ],
     }
     if values:
-        values.grow()
         record["value"] = _rounded(values.value(node) for node in nodes)
-        record["visits"] = [values.visits[node] for node in nodes]
-        record["entered"] = [values.entered[node] for node in nodes]
+        record["visits"] = [values.visits.finished[node] for node in nodes]
+        record["entered"] = [values.visits.entered[node] for node in nodes]
     record["rollouts_kept"] = sum(rollout["leaf"] is not None for rollout in record["rollouts"])
     return record
 

@@ -302,7 +302,7 @@ function openLink() {
 }
 
 records.forEach((record, index) => {
-  const name = [record.id, record.method, record.model, record.dataset, `seed ${record.seed}`].join(" · ");
+  const name = [record.id, record.method, record.model, record.dataset, `seed ${record.seed}`, ...(record.oracle ? ["oracle reward"] : [])].join(" · ");
   at("choice").append(new Option(name, index));
 });
 at("choice").addEventListener("change", () => show(Number(at("choice").value)));

@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 
 from dts.evaluation.rewards.text import TextReward
 
-NEGATIONS = frozenset({"not", "no", "never", "without", "neither", "nor", "isn", "aren", "doesn"})
+# "isn't" is read as "isn" and "t".
+NEGATIONS = frozenset(
+    {"not", "no", "non", "never", "without", "neither", "nor", "cannot", "isn", "aren", "wasn", "weren", "doesn", "don",
+     "didn", "hasn", "haven", "hadn", "couldn", "wouldn"}
+)  # fmt: skip
 LONGEST = 32  # characters of a word that are kept; longer ones are in no vocabulary
 WAITING = 4  # claims of a sentence that may wait for their subject
 
@@ -16,7 +20,7 @@ WAITING = 4  # claims of a sentence that may wait for their subject
 class Claimed:
     """Notes of `ClaimReward`."""
 
-    word: str = ""  # the one that may go on
+    word: str = ""  # the one that may continue
     before: tuple[str, ...] = ()  # at most three words before it, in this sentence
     subject: str = ""  # the fact that this sentence speaks of now
     waiting: tuple[str, ...] = ()  # claims whose subject may follow: "a gentle breeze"
@@ -69,6 +73,8 @@ class ClaimReward(TextReward):
     def _close(self, notes: Claimed) -> Claimed:
         """Notes after the end of a word."""
         word, before = notes.word, notes.before
+        if word == "t" and NEGATIONS & set(before[-1:]):
+            return replace(notes, word="")
         notes = replace(notes, word="", before=(*before, word)[-3:])
         if word in self._subjects:
             notes = self._enter(notes, self._subjects[word])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dts.errors import UsageError
 from dts.evaluation.rewards.text import TextReward
-from dts.rewards import Context, Finished
+from dts.rewards import Context, Finished, Reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Format(TextReward):
         return 1.0 if notes is None or self._pattern.search(notes) else 0.0
 
 
-class Length:
+class Length(Reward):
     """min(tokens, target) / target: earned token by token."""
 
     monotone = True
@@ -121,7 +121,7 @@ class Length:
         return self.earned(states)
 
 
-class Repetition:
+class Repetition(Reward):
     """1 for no repeated n-gram of tokens, down to 0 at `limit` repeats.
 
     Nothing is earned before the end (the lower bound is 0), but each repeat lowers the upper bound. An n-gram counts

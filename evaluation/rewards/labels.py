@@ -26,8 +26,8 @@ class LabelParser:
     """Finds the first `<marker> <label>` of a text; what follows changes nothing.
 
     `marker` is a regular expression such as `answer ?:`; up to 8 spaces, quotes or stars may stand between it and
-    the label. Case, and space against underscore, do not matter. A label that begins a longer one ("walking",
-    "walking upstairs") is certain only when the text no longer fits the longer.
+    the label. Case, and space against underscore, do not matter. A label counts as a whole word, so it is certain only
+    when something else follows: "walkings" is no label, and "walking" may begin "walking upstairs".
     """
 
     def __init__(self, labels: Sequence[str], marker: str) -> None:
@@ -42,10 +42,9 @@ class LabelParser:
         text = notes.tail + piece
         for match in self._marker.finditer(text):
             rest = _plain(text[match.end() :])
-            open_longer = any(name.startswith(rest) and name != rest for name in self._labels)
-            if open_longer and not last:
+            if any(name.startswith(rest) for name in self._labels) and not last:
                 break  # this marker is still undecided, so later ones must wait
-            label = next((label for name, label in self._labels.items() if rest.startswith(name)), None)
+            label = next((label for name, label in self._labels.items() if _begins(rest, name)), None)
             if label is not None:
                 return Commit("", label)
         return Commit(text[-self._keep :], None)
@@ -53,6 +52,11 @@ class LabelParser:
     def find(self, text: str) -> str | None:
         """The label that a whole text commits to."""
         return self.read(Commit(), text, last=True).label
+
+
+def _begins(text: str, name: str) -> bool:
+    """Whether a text starts with a name as a whole word."""
+    return text.startswith(name) and not text[len(name) : len(name) + 1].isalnum()
 
 
 def _plain(text: str) -> str:

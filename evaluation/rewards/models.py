@@ -122,7 +122,7 @@ class LikelihoodReward(TerminalReward):
 
         model, longest = self._lm.model, max(map(len, rows))
         ids = torch.tensor([[*prompt, *row, *([0] * (longest - len(row)))] for row in rows], device=model.device)
-        # Padding stands behind the text, where causal attention never looks.
+        # Padding follows the text, where causal attention never looks.
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
         chosen = logits.double().log_softmax(dim=-1).gather(2, ids[:, len(prompt) :, None])[..., 0]  # [rows, longest]

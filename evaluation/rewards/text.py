@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dts.rewards import Context, Finished
+from dts.rewards import Context, Finished, Reward
 from dts.text import Decode, TextState, advance, flush
 
 
@@ -19,7 +19,7 @@ class _Path:
     notes: Any
 
 
-class TextReward:
+class TextReward(Reward):
     """A reward that reads new text once. A subclass says what it notes, and what the notes are worth.
 
     `read(notes, piece)` must return new notes and cost O(len(piece)); `worth(notes)` gives the lower and the upper

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation import metrics
 from dts.evaluation.data import Series, Weather, load_captions, load_weather
+from dts.evaluation.measures import metrics
 from dts.evaluation.rewards import ClaimReward
 from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.digits import Digits
-from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
+from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 
 TEST_FROM = "2016"  # weather that starts in this year or later is the test split
 WORKED = ({"temperature_c": [18, 17, 15, 14, 12, 11], "humidity_pct": [60, 62, 64, 66, 68, 70],

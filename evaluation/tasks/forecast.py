@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation import metrics
 from dts.evaluation.data import Series, load_series
-from dts.evaluation.forecasting import expect, weighted_median
+from dts.evaluation.measures import metrics
+from dts.evaluation.measures.forecasting import expect, weighted_median
 from dts.evaluation.rewards import ForecastReward
 from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.digits import Digits, Scale
-from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
+from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dts.evaluation import metrics
 from dts.evaluation.data import Windows, load_windows
-from dts.evaluation.forecasting import weighted_vote
+from dts.evaluation.measures import metrics
+from dts.evaluation.measures.forecasting import weighted_vote
 from dts.evaluation.rewards import LabelParser, LabelReward, shown
 from dts.evaluation.tasks.base import Example, Row, Task
-from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
+from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 
 STRENGTHS = ("still", "gentle", "brisk", "strong")  # by quartile of the training windows' movement
 

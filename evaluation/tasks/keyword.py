@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dts.errors import UsageError
-from dts.evaluation import metrics
+from dts.evaluation.measures import metrics
 from dts.evaluation.rewards import Keywords
 from dts.evaluation.tasks.base import Example, Row, Task
-from dts.evaluation.tasks.registry import TaskFile, check_ids, choose
+from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dts.errors import UsageError
 from dts.evaluation.tasks.base import Task
+from dts.evaluation.tasks.kinds import KINDS
+from dts.evaluation.tasks.task_file import TaskFile
 from dts.yamlfile import decode_text, parse_yaml
 
 TASKS: Mapping[str, str] = {
@@ -27,29 +28,6 @@ FILES = (".yaml", ".yml")  # how a task file of one's own ends
 ALIASES: Mapping[str, str] = {"m4-forecast": "m4"}
 
 
-@dataclass(frozen=True, slots=True)
-class TaskFile:
-    """One task's YAML file. Unknown keys are an error."""
-
-    name: str
-    version: int
-    kind: str  # which code loads it: a key of `_kinds()`
-    system: str  # system message
-    prompt: str  # user message; the kind's code fills the {fields}
-    max_tokens: int  # default completion length, in tokens
-    metrics: dict[str, str]  # metric -> "max" or "min", the better direction; the first is the headline
-    reply: str = ""  # the form of a worked example's answer
-    stop: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        bad = {name: direction for name, direction in self.metrics.items() if direction not in ("max", "min")}
-        if bad or not self.metrics:
-            raise UsageError(f"task {self.name!r}: each metric needs the direction max or min, got {bad}")
-        if self.max_tokens < 1:
-            raise UsageError(f"task {self.name!r}: max_tokens must be at least 1, got {self.max_tokens}")
-
-
 def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int | None = None, seed: int = 0) -> Task:
     """A task with `num_samples` examples of its test split; all of them for None.
 
@@ -59,7 +37,7 @@ def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int
     if num_samples is not None and num_samples < 1:
         raise UsageError(f"num_samples must be at least 1, got {num_samples}")
     file = read_task_file(name)
-    load = _kinds()[file.kind]
+    load = KINDS[file.kind]
     try:
         return load(file, data_dir=data_dir, num_samples=num_samples, seed=seed)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -69,18 +47,6 @@ def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int
             f"task file {name}: its options or its prompt do not fit kind {file.kind!r} "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-
-
-def _kinds() -> dict[str, Callable[..., Task]]:
-    from dts.evaluation.tasks import captions, forecast, har, keyword
-
-    return {
-        "har": har.load,
-        "forecast": forecast.load,
-        "m4-caption": captions.load_m4,
-        "weather-caption": captions.load_weather_task,
-        "keyword": keyword.load,
-    }
 
 
 def canonical(name: str) -> str:
@@ -133,39 +99,6 @@ def _task_file(data: Any, path: Any) -> TaskFile:
     for name, (allowed, wanted) in _VALUES.items():
         if name in data and not allowed(data[name]):
             raise UsageError(f"task file {path}: {name} is {str(data[name])[:60]!r}; give {wanted}")
-    if data["kind"] not in _kinds():
-        raise UsageError(f"task file {path}: kind {data['kind']!r} is none of {', '.join(_kinds())}")
+    if data["kind"] not in KINDS:
+        raise UsageError(f"task file {path}: kind {data['kind']!r} is none of {', '.join(KINDS)}")
     return TaskFile(**{**data, "stop": tuple(data.get("stop", ()))})
-
-
-def choose(groups: Sequence[Hashable], num_samples: int | None, seed: int, what: str) -> list[int]:
-    """Positions of `num_samples` items, taken from the groups in turn; all, in file order, for None.
-
-    The choice of a smaller number begins the choice of a larger one. Where groups are classes, this decides which
-    examples are decoded, never how.
-    """
-    if num_samples is None:
-        return list(range(len(groups)))
-    if num_samples > len(groups):
-        raise UsageError(
-            f"num_samples={num_samples}: {what} has only {len(groups)} test examples; ask for 1 to that many"
-        )
-    generator = random.Random(f"{what}-{seed}")
-    members: dict[Hashable, list[int]] = {}
-    for position, group in enumerate(groups):
-        members.setdefault(group, []).append(position)
-    queues = list(members.values())
-    for queue in queues:
-        generator.shuffle(queue)
-    generator.shuffle(queues)
-    deepest = max(len(queue) for queue in queues)
-    return [queue[turn] for turn in range(deepest) for queue in queues if turn < len(queue)][:num_samples]
-
-
-def check_ids(texts: Mapping[str, str], known: Mapping[str, Any], task: str) -> None:
-    """Raises unless `texts` is a non-empty selection of the task's example ids."""
-    strange = [name for name in texts if name not in known]
-    if strange or not texts:
-        raise UsageError(
-            f"task {task!r}: no example has the id {strange[0]!r}" if strange else f"task {task!r}: no texts"
-        )

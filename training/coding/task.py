@@ -138,6 +138,14 @@ def public_tests(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -
     return [found[problem.name, text] for problem, text in jobs]
 
 
+def check(prompt: Any) -> None:
+    """Raises `UsageError` for a prompt that is none of ours."""
+    _problem(prompt)
+
+
+public_tests.check = check  # type: ignore[attr-defined]
+
+
 def _problem(prompt: Any) -> Problem:
     text = prompt if isinstance(prompt, str) else _content(prompt)
     for problem in _all():

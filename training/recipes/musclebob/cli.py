@@ -67,7 +67,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     option("--kl-coeff", float, "weight of the KL divergence from the base model")
     option("--reward", str, f"points: {', '.join(SCHEMES)}")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="validation questions (default: all)")
-    parser.add_argument("--resume-from-checkpoint", metavar="auto|DIR", help="go on with the newest checkpoint, or DIR")
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="auto|DIR", help="continue with the newest checkpoint, or DIR"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
 
 
@@ -93,7 +95,7 @@ def train_command(arguments: argparse.Namespace) -> int:
             on_step=StepTable(settings),
         )
     except KeyboardInterrupt:
-        log.warning("go on with the same command and --resume-from-checkpoint auto")
+        log.warning("continue with the same command and --resume-from-checkpoint auto")
         raise
     history = json.loads((settings.folder / HISTORY).read_text(encoding="utf-8"))
     plot_rewards(history, settings.folder / "reward_history.png")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from dts.rewards import Context, Finished, Prompt
+from dts.rewards import Context, Finished, Prompt, Reward
 from dts.text import Decode, TextState, advance, flush
 
 RIGHT = ("musclebob", "buffpants")
@@ -84,7 +84,7 @@ class _Path:
     notes: Notes
 
 
-class NameReward:
+class NameReward(Reward):
     """Points for the new name less penalties. Right terms cannot be lost again and penalties cannot be undone, so
     the lower bound (right terms so far, and every penalty) never falls and the upper bound (all right terms, and the
     penalties so far) never rises.

@@ -150,5 +150,5 @@ def train_config(settings: Settings) -> TrainConfig:
 
 
 def recipe_dict(settings: Settings) -> dict[str, Any]:
-    """What is written into training_config.json, and must be the same when a run goes on."""
+    """What is written into training_config.json, and must be the same when a run continues."""
     return {key: value for key, value in asdict(settings).items() if key != "output"}

@@ -1,0 +1,147 @@
+"""`dts decode`: the best completion of one prompt, in a terminal.
+
+    dts decode "Use the words: rain, window." --reward prompt-keywords
+    echo "Once upon a time" | dts decode --reward rewards.py:mine --method maxent-star --json
+
+A reward is a function of the text (a file of yours, or a module) or one of the names below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dts.errors import DTSError, UsageError
+from dts.results import Result
+from dts.rewards import Reward
+
+# Rewards that need nothing but the text and the prompt.
+NAMES: Mapping[str, str] = {
+    "prompt-keywords": "dts.evaluation.rewards.prompted:prompt_keywords",
+    "prose": "dts.evaluation.rewards.prompted:prose",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from dts.search import METHODS
+
+    parser = argparse.ArgumentParser(
+        prog="dts decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prompt", nargs="?", help="text; read from standard input if not given")
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME",
+                        help="registry name, hub id or local folder (default: smollm2-135m)")  # fmt: skip
+    parser.add_argument("--reward", metavar="REWARD", help=f"{', '.join(NAMES)}, FILE.py:FUNCTION or MODULE:FUNCTION; "
+                        "if not given, every completion has 0")  # fmt: skip
+    parser.add_argument("--method", default="maxent", metavar="NAME", help=f"{', '.join(METHODS)} (default: maxent)")
+    parser.add_argument("--rollouts", type=int, default=16, metavar="N", help="finished completions (default: 16)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of a completion (default: 48)")
+    parser.add_argument("--reward-scale", type=float, default=4.0, metavar="X", help="lambda (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    try:
+        result = _decode(options)
+    except DTSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(as_json(result), ensure_ascii=False) if options.json else as_text(result))
+    return 0
+
+
+def _decode(options: argparse.Namespace) -> Result:
+    """What can be checked is checked before the model is loaded."""
+    import dts
+
+    method = find_method(options.method)(options.rollouts, options.reward_scale)
+    reward = None if options.reward is None else find_reward(options.reward)
+    prompt = read_prompt(options.prompt)
+    lm = dts.load(options.model)
+    return dts.decode(
+        lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed
+    )
+
+
+def find_method(name: str) -> Callable[[int, float], Any]:
+    from dts.search import METHODS
+
+    plain = name.lower().replace("_", "-")
+    if plain not in METHODS:
+        raise UsageError(f"--method {name} is not known: {_nearest(plain, METHODS)}choose from {', '.join(METHODS)}")
+    return METHODS[plain]
+
+
+def find_reward(name: str) -> Reward | Callable[..., Any]:
+    """The reward that a name, `FILE.py:FUNCTION` or `MODULE:FUNCTION` stands for."""
+    home, colon, attribute = NAMES.get(name, name).rpartition(":")
+    if not colon:
+        hint = _nearest(name, NAMES)
+        raise UsageError(f"--reward {name} is not known: {hint}give {', '.join(NAMES)} or FILE.py:FUNCTION")
+    try:
+        module = _from_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
+        found = getattr(module, attribute)
+    except Exception as error:  # code of the user's: it may do anything
+        raise UsageError(f"--reward {name} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(found) and not isinstance(found, Reward):
+        raise UsageError(f"--reward {name} is {type(found).__name__}; give a function of the text, or a dts.Reward")
+    return found
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def read_prompt(given: str | None) -> str:
+    """The argument, or standard input without its last line end."""
+    if given is None and sys.stdin.isatty():
+        raise UsageError("no prompt was given; write it after `dts decode`, or pipe it in")
+    try:
+        text = given if given is not None else sys.stdin.read().removesuffix("\n")
+        text.encode()
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text; convert it first") from error
+    if not text.strip():
+        raise UsageError("the prompt is empty; give some text")
+    return text
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    best = result.best
+    return {
+        "text": best.text, "reward": best.reward, "logprob": best.logprob, "finished_by": best.finished_by,
+        "method": result.method, "rollouts": len(result.rollouts), "usage": result.usage.as_dict(),
+    }  # fmt: skip
+
+
+def as_text(result: Result) -> str:
+    """The best text, its reward, and what the search cost."""
+    usage = result.usage
+    return (
+        f"{result.best.text}\n\nreward {result.best.reward:g}\n{result.method}: {len(result.rollouts)} rollouts, "
+        f"{usage.generated_tokens} tokens generated, {usage.forwarded_tokens} forwarded, {usage.seconds:.1f} s"
+    )

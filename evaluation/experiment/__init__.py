@@ -1,0 +1,1 @@
+"""Runs of models, data sets and methods: `run_experiments.py`."""

@@ -1,0 +1,97 @@
+"""What a run folder holds beside its records: summary, report, charts and trees, all made from the records."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from dts.evaluation.experiment.plan import Plan, describe
+from dts.evaluation.records import Cell, Head, Job, Record, RolloutRecord, RunSummary, SampleRecord
+from dts.evaluation.report import write_report
+from dts.evaluation.report.charts import write_charts
+from dts.evaluation.report.summary import report, summarise
+from dts.evaluation.run_folder import RunFolder, reported, write_json, write_text
+from dts.evaluation.tasks.oracle import oracles
+from dts.evaluation.tracking.keys import published, sample_keys
+
+AnyRecord = TypeVar("AnyRecord", bound=Head)
+
+
+def of_dataset(dataset: str, records: Iterable[AnyRecord]) -> list[AnyRecord]:
+    return [record for record in records if record["dataset"] == dataset]
+
+
+def tree_path(folder: Path, job: Job) -> Path:
+    """Where a job's tree is saved, whatever characters the names have."""
+    parts = (job.dataset, job.model, str(job.seed), str(job.sample), job.method)
+    return folder / "trees" / f"{'_'.join(map(_in_file_name, parts))}.json"
+
+
+def _in_file_name(part: str) -> str:
+    """`part` where it can stand in a file's name, otherwise its end made readable and a checksum of it."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "-", part)[-60:].strip(".-")
+    return plain if plain == part else f"{plain}-{zlib.crc32(part.encode()):08x}"
+
+
+def read_sorted(plan: Plan, folder: RunFolder) -> tuple[list[SampleRecord], list[RolloutRecord]]:
+    """Samples and rollouts in the order of the plan, whatever order engines finished them in."""
+    order = {job: place for place, job in enumerate(plan.jobs())}
+    samples = sorted(folder.samples(), key=lambda s: order[Job.of(s)])
+    rollouts = sorted(folder.rollouts(), key=lambda r: (order[Job.of(r)], r["rollout_idx"]))
+    return samples, rollouts
+
+
+def write_outputs(plan: Plan, folder: RunFolder, *, seconds: float, charts: bool) -> Record:
+    """Summary and report, and with `charts` pictures, of what the folder holds so far; the content of summary.json."""
+    samples, rollouts = read_sorted(plan, folder)
+    finished = {Job.of(sample) for sample in samples}
+    summary: RunSummary = {
+        "experiment": plan.config.name,
+        **describe(plan),
+        "partial": len(finished) < len(plan.jobs()),
+        "seconds": seconds,
+        "rollouts": len(rollouts),
+        "rollouts_of_unfinished_samples": sum(Job.of(rollout) not in finished for rollout in rollouts),
+        "rewards": sorted({sample["reward"] for sample in samples}),
+        "oracles": oracles(samples),
+        "runs": summarise(samples, plan.tasks, plan.colors),
+        "baselines": {name: task.baselines() for name, task in plan.tasks.items()},
+    }
+    written = {**summary, "runs": list(map(published, summary["runs"]))}
+    write_json(folder.path / "summary.json", written)
+    write_text(folder.path / "report.md", report(summary))
+    by_seed = summarise(samples, plan.tasks, plan.colors, by_seed=True)
+    everything = {**written, "runs": [{**published(one), **_sample_keys(one, samples)} for one in by_seed]}
+    write_json(folder.path.parent / f"wandb_experiments_{folder.stamp}.json", everything)
+    if charts:
+        _remove_charts(folder.path)
+        draw(samples, rollouts, plan, folder.path)
+    write_report(folder.path)
+    return written
+
+
+def draw(
+    samples: Sequence[SampleRecord], rollouts: Sequence[RolloutRecord], plan: Plan, folder: Path
+) -> Mapping[str, Path]:
+    """The charts of these records, by name: PNG files in the folder."""
+    with reported(folder):
+        try:
+            return write_charts(samples, rollouts, plan.colors, folder)
+        except OSError:
+            _remove_charts(folder)  # the last one may be half a picture; all can be drawn again
+            raise
+
+
+def _remove_charts(folder: Path) -> None:
+    with reported(folder):
+        for path in folder.glob("*.png"):
+            path.unlink()
+
+
+def _sample_keys(cell: Cell, samples: Sequence[SampleRecord]) -> Record:
+    key = (cell["model"], cell["dataset"], cell["method"])
+    own = [s for s in samples if (s["model"], s["dataset"], s["method"]) == key and s["seed"] in cell["seeds"]]
+    return {key: value for sample in own for key, value in sample_keys(sample).items()}

@@ -1,0 +1,1 @@
+"""Fine-tuned models against each other on held-out prompts."""

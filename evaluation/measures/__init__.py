@@ -1,0 +1,1 @@
+"""Figures of texts and forecasts, and their intervals."""

@@ -1,0 +1,16 @@
+"""Which code loads a task, by the `kind` in its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from dts.evaluation.tasks import captions, forecast, har, keyword
+from dts.evaluation.tasks.base import Task
+
+KINDS: Mapping[str, Callable[..., Task]] = {
+    "har": har.load,
+    "forecast": forecast.load,
+    "m4-caption": captions.load_m4,
+    "weather-caption": captions.load_weather_task,
+    "keyword": keyword.load,
+}

@@ -1,0 +1,216 @@
+"""Trees of many prompts on one model: every forward call takes paths of all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dts.errors import UnavailableError, UsageError
+from dts.memory import REMEDY, first_line, is_out_of_memory, release
+from dts.models.attention import ATTENTION, Span, Step
+from dts.models.prefixes import Prefix, Segment
+from dts.models.treecache import Lanes, StepCache, TreeCache
+from dts.models.view import ModelView
+from dts.models.vocabulary import without
+from dts.results import Usage
+
+log = logging.getLogger(__name__)
+
+
+class Grown(Protocol):
+    """What a forest needs of each of its trees: `dts.models.sessions.TreeSession`."""
+
+    cache: TreeCache
+    usage: Usage
+    prompt: Segment | None  # its last part
+
+    def keep(self, slots: Sequence[int], hidden: torch.Tensor) -> None:
+        """Last hidden states [B, H] of slots that went through the model in one call."""
+
+    def keep_logits(self, slots: Sequence[int], logits: torch.Tensor) -> None:
+        """Logits [B, V] of slots, until the next forward call."""
+
+
+Left = list[tuple[Grown, list[int]]]
+Request = tuple[Grown, Sequence[int], Sequence[int]]  # a tree, and the parents and tokens of its new slots
+Part = tuple[Grown, list[int], list[int]]  # a tree, slots to forward, slots whose lanes must stay
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a tree gets of a forest: a block of lanes, and room for tokens of idle branches (None: no limit)."""
+
+    first: int
+    count: int
+    archive_rows: int | None
+
+
+class Forest:
+    """The lanes of several trees, and the forward calls that extend them together."""
+
+    def __init__(
+        self,
+        view: ModelView,
+        like: Prefix,
+        *,
+        device: torch.device,
+        lanes: int,
+        max_length: int,
+        unknown: torch.Tensor | None = None,
+    ) -> None:
+        """view: its own. like: shows the shapes of keys and values. lanes: of all trees together. max_length: tokens
+        that a lane can hold. unknown: ids of logit -inf."""
+        view.attend_with(ATTENTION)
+        self._view, self._device, self._unknown = view, device, unknown
+        self.lanes = Lanes([*like.keys, *like.values], lanes, max_length)
+        self._cache = StepCache(self.lanes)
+        self._at_once = lanes  # rows of a forward call; fewer once memory has run out
+
+    def extend(self, requests: Sequence[Request]) -> list[list[int]]:
+        """In one call where memory allows, otherwise in smaller and smaller ones: the numbers are the same and every
+        token is counted once, so no search can tell. Raises `UnavailableError` where even one row finds no room."""
+        slots = [[tree.cache.add(*pair) for pair in zip(parents, tokens, strict=True)]
+                 for tree, parents, tokens in requests]  # fmt: skip
+        left = [(tree, new) for (tree, _, _), new in zip(requests, slots, strict=True)]
+        while left := [(tree, new) for tree, new in left if new]:
+            now, later = _first(left, self._at_once)
+            for tree, new, waiting in now:
+                behind = tree.cache.parents([*new, *waiting])
+                while lost := [slot for parent in behind[: len(new)] for slot in tree.cache.missing(parent)[:1]]:
+                    self.recompute(tree, lost[:1], behind)
+            if self._forward([(tree, new, tree.cache.parents(waiting)) for tree, new, waiting in now]):
+                left = later
+        return slots
+
+    def recompute(self, tree: Grown, slots: Sequence[int], reserved: Sequence[int]) -> None:
+        """Send slots again that had been given up; lanes that hold a slot of `reserved` stay."""
+        if self._forward([(tree, list(slots), list(reserved))]):
+            tree.usage.recomputed_tokens += len(slots)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, V] from last hidden states [B, H]."""
+        return without(self._unknown, self._view.head(hidden))
+
+    def _forward(self, parts: Sequence[Part]) -> bool:
+        """Send slots through the model. False where memory ran out: nothing happened, but fewer go at once now."""
+        try:
+            self._forward_all(parts)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            for tree, slots, _ in parts:
+                tree.cache.undo(slots)
+            self._halve(sum(len(slots) for _, slots, _ in parts), error)
+        release()  # outside the handler, whose traceback keeps the tensors of the failed call
+        return False
+
+    def _halve(self, rows: int, error: BaseException) -> None:
+        if rows == 1:
+            raise UnavailableError(f"out of memory with one path at a time ({first_line(error)}); {REMEDY}") from error
+        self._at_once = rows // 2
+        log.warning("out of memory with %d paths in one call: continuing with %d (%s)", rows, self._at_once,
+                    first_line(error))  # fmt: skip
+
+    @torch.inference_mode()
+    def _forward_all(self, parts: Sequence[Part]) -> None:
+        begun = [(tree, *tree.cache.begin(slots, reserved)) for tree, slots, reserved in parts]
+        begun.sort(key=lambda part: part[2])  # by lanes: each tree has a block of its own
+        step, segments = _step(begun)
+        self._cache.begin(step, segments)
+        positions = [prefix + length - 1 for prefix, length in zip(step.prefix_lengths, step.lengths, strict=True)]
+        tokens = [token for tree, slots, _ in begun for token in tree.cache.tokens(slots)]
+        hidden = self._view.decoder(
+            input_ids=torch.tensor([tokens], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+        self._cache.begin(step, ())  # lets go of the prompts
+        logits = self._logits_of_all(hidden) if len(begun) > 1 else None
+        first = 0
+        for tree, slots, _ in begun:
+            rows = slice(first, first + len(slots))
+            tree.keep(slots, hidden[rows])
+            if logits is not None:
+                tree.keep_logits(slots, logits[rows])
+            first += len(slots)
+
+    def _logits_of_all(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """One product with the head for the rows of all trees; None where memory is short, which is no error yet."""
+        try:
+            return self.logits(hidden)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release()
+        return None
+
+
+def _first(left: Left, rows: int) -> tuple[list[Part], Left]:
+    """The first slots, as many as go at once, and what is left after them."""
+    now: list[Part] = []
+    later = []
+    for tree, slots in left:
+        taken, waiting = slots[:rows], slots[rows:]
+        rows -= len(taken)
+        if taken:
+            now.append((tree, taken, waiting))
+        if waiting:
+            later.append((tree, waiting))
+    return now, later
+
+
+def _step(begun: Sequence[tuple[Grown, list[int], list[int]]]) -> tuple[Step, list[Segment]]:
+    """The step of one forward call, and the segments of its spans."""
+    lanes, lengths, prefixes = [], [], []
+    readers: dict[int, tuple[Segment, list[int]]] = {}
+    for tree, slots, own in begun:
+        lanes += own
+        lengths += tree.cache.depths(slots)
+        prefixes += [tree.cache.prefix_length] * len(own)
+        assert tree.prompt is not None
+        for segment in tree.prompt.chain():
+            readers.setdefault(id(segment), (segment, []))[1].extend(range(own[0], own[-1] + 1))
+    spans = [Span(segment.start, segment.stop, read_by) for segment, read_by in readers.values()]
+    return Step(lanes, lengths, prefixes, spans), [segment for segment, _ in readers.values()]
+
+
+def archive_rows(prompt: Prefix, max_bytes: int | None, *, lanes: int, max_length: int) -> int | None:
+    """Tokens of idle branches that a memory bound leaves room for beside a prompt and its lanes."""
+    if max_bytes is None:
+        return None
+    token = prompt.nbytes // len(prompt)
+    needed = token * (len(prompt) + lanes * max_length)
+    if needed > max_bytes:
+        raise UsageError(
+            f"max_kv_bytes={max_bytes} is too small: the prompt and {lanes} paths of {max_length} "
+            f"tokens need {needed}; raise it, or lower batch_size or max_new_tokens"
+        )
+    return (max_bytes - needed) // token
+
+
+def lone(
+    view: ModelView,
+    prefix: Prefix,
+    *,
+    device: torch.device,
+    lanes: int,
+    max_new_tokens: int,
+    max_kv_bytes: int | None = None,
+    unknown: torch.Tensor | None = None,
+) -> tuple[Forest, Segment, Place]:
+    """A forest for one tree, and the tree's part of it."""
+    longest = lane_length(max_new_tokens)
+    rows = archive_rows(prefix, max_kv_bytes, lanes=lanes, max_length=longest)
+    forest = Forest(view, prefix, device=device, lanes=lanes, max_length=longest, unknown=unknown)
+    return forest, Segment(prefix), Place(0, lanes, rows)
+
+
+def lane_length(max_new_tokens: int) -> int:
+    """Tokens that a lane holds at most: nothing is read after the last one."""
+    return max(max_new_tokens - 1, 1)

@@ -1,8 +1,0 @@
-"""Another name of `run_experiments.py`."""
-
-from run_experiments import MODEL_CONFIGS, main
-
-__all__ = ["MODEL_CONFIGS", "main"]
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,184 @@
+"""The loop over many searches: each step asks all that are under way and forwards what they ask for in one call.
+
+Runs are asked and told, so no method knows that it has neighbours. A prompt that fails ends alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dts.lm import Batch, LanguageModel, Session
+from dts.results import Result
+from dts.search.method import Method, Run
+from dts.search.run import conclude
+from dts.search.search import Search
+from dts.settings import Budget
+
+PROMPT_TOKENS = 512  # of new prompts between two steps of the searches under way
+
+Ended = tuple[int, Result | Exception]  # a prompt's key and what became of it
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One search under way."""
+
+    search: Search
+    run: Run
+
+
+class Many:
+    """Searches under way over many prompts, in one batch."""
+
+    def __init__(self, batch: Batch, method: Method, total: Budget | None = None) -> None:
+        """total: limits on all prompts together."""
+        self._batch, self._method, self._total = batch, method, total or Budget()
+        self._opening: dict[int, tuple[Callable[[Session], Search], int]] = {}  # by key, with prompt tokens
+        self._under_way: dict[int, _Lane] = {}
+        self._tokens = self._rollouts = 0  # of ended searches
+        self._started = time.perf_counter()
+        self.spent = False  # whether the total budget is used up
+
+    def __len__(self) -> int:
+        """Prompts in flight."""
+        return len(self._opening) + len(self._under_way)
+
+    def add(self, key: int, prompt_ids: Sequence[int], begin: Callable[[Session], Search]) -> bool:
+        """Take a prompt in; False where it must wait. `begin` makes the search once the prompt went through."""
+        if self._exceeded(len(prompt_ids)):
+            self.spent = True
+            return False
+        if not self._batch.admit(key, prompt_ids):
+            return False
+        self._opening[key] = begin, len(prompt_ids)
+        return True
+
+    def step(self) -> list[Ended]:
+        """Send new prompts as far as they go, ask every search, and forward what they ask for. Returns what ended."""
+        ended = self._open()
+        asked = []
+        for key, lane in list(self._under_way.items()):
+            try:
+                nodes = lane.run.ask()
+                if nodes is None or lane.search.exhausted(next_tokens=len(nodes)):
+                    ended.append((key, self._conclude(key)))
+                else:
+                    asked.append((lane.search, nodes))
+            except Exception as error:
+                ended.append((key, self._drop(key, error)))
+        if self._exceeded(sum(len(nodes) for _, nodes in asked)):
+            return ended + self.stop()
+        if asked:
+            slots = self._batch.extend([(search.session, *search.edges(nodes)) for search, nodes in asked])
+            for (search, nodes), new in zip(asked, slots, strict=True):
+                search.place(nodes, new)
+        return ended
+
+    def stop(self) -> list[Ended]:
+        """End every search with what it has found; prompts that have not begun are dropped."""
+        self.spent = True
+        for key in list(self._opening):
+            self._give_up(key)
+        return [(key, self._conclude(key)) for key in list(self._under_way)]
+
+    def close(self) -> None:
+        """Drop everything."""
+        for key in [*self._opening, *self._under_way]:
+            self._give_up(key)
+
+    @property
+    def tokens(self) -> int:
+        """Forwarded by all searches so far."""
+        return self._tokens + sum(lane.search.usage.forwarded_tokens for lane in self._under_way.values())
+
+    # -- one prompt ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> list[Ended]:
+        ended: list[Ended] = []
+        for key, session in self._batch.advance(PROMPT_TOKENS if self._under_way else sys.maxsize):
+            begin, _ = self._opening[key]
+            try:
+                if isinstance(session, Exception):
+                    raise session
+                search = begin(session)
+                self._under_way[key] = _Lane(search, self._method.start(search))
+                del self._opening[key]
+            except Exception as error:
+                ended.append((key, self._drop(key, error)))
+        return ended
+
+    def _conclude(self, key: int) -> Result | Exception:
+        lane = self._under_way[key]
+        try:
+            result = conclude(lane.search, lane.run.outcome(), self._method.name)
+        except Exception as error:
+            return self._drop(key, error)
+        self._give_up(key)
+        return result
+
+    def _drop(self, key: int, error: Exception) -> Exception:
+        self._give_up(key)
+        return error
+
+    def _give_up(self, key: int) -> None:
+        self._opening.pop(key, None)
+        lane = self._under_way.pop(key, None)
+        if lane is not None:
+            self._tokens += lane.search.usage.forwarded_tokens
+            self._rollouts += len(lane.search.rollouts)
+        self._batch.close(key)
+
+    def _exceeded(self, next_tokens: int) -> bool:
+        """Whether the total budget is used up, or would be exceeded by forwarding so many more."""
+        total = self._total
+        rollouts = self._rollouts + sum(len(lane.search.rollouts) for lane in self._under_way.values())
+        opening = sum(tokens for _, tokens in self._opening.values())
+        return (
+            (total.rollouts is not None and rollouts >= total.rollouts)
+            or (total.tokens is not None and self.tokens + opening + next_tokens > total.tokens)
+            or (total.seconds is not None and time.perf_counter() - self._started >= total.seconds)
+        )
+
+
+class OneByOne:
+    """`dts.lm.Batch` of any model: sessions that share nothing, extended one after another."""
+
+    def __init__(self, lm: LanguageModel, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None):
+        self._lm, self._prompts = lm, prompts
+        self._options: dict[str, Any] = {
+            "batch_size": width,
+            "max_new_tokens": max_new_tokens,
+            "max_kv_bytes": None if max_kv_bytes is None else max_kv_bytes // prompts,
+        }
+        self._waiting: dict[int, Sequence[int]] = {}
+        self._open: set[int] = set()
+
+    def admit(self, key: int, prompt_ids: Sequence[int]) -> bool:
+        if len(self._waiting) + len(self._open) == self._prompts:
+            return False
+        self._waiting[key] = prompt_ids
+        return True
+
+    def advance(self, tokens: int) -> list[tuple[int, Session | Exception]]:
+        through: list[tuple[int, Session | Exception]] = []
+        while self._waiting and tokens > 0:
+            key, prompt_ids = next(iter(self._waiting.items()))
+            tokens -= len(prompt_ids)
+            del self._waiting[key]
+            self._open.add(key)
+            try:
+                through.append((key, self._lm.open(prompt_ids, **self._options)))
+            except Exception as error:
+                through.append((key, error))
+        return through
+
+    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+        return [session.extend(parents, tokens) for session, parents, tokens in requests]
+
+    def close(self, key: int) -> None:
+        self._waiting.pop(key, None)
+        self._open.discard(key)

@@ -1,0 +1,5 @@
+"""Maximum-entropy tree search: the sampler DTS and the optimiser DTS*."""
+
+from dts.search.maxent.method import MaxEnt
+
+__all__ = ["MaxEnt"]

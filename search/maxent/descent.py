@@ -1,0 +1,242 @@
+"""How paths of MaxEnt go down the tree: one step over a list of options, used by the sampler and by the optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dts.logspace import draw, logsumexp
+from dts.results import Estimate
+from dts.search.choice import Choice
+from dts.search.maxent.lookahead import Source, look_ahead
+from dts.search.maxent.target import tree_estimate
+from dts.search.maxent.zestimate import Partition, Trace
+from dts.search.paths import Path, Plain
+from dts.softvalue import SoftValues
+from dts.tree import ROOT
+from dts.visits import Visits
+
+if TYPE_CHECKING:
+    from dts.search.search import Search
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to continue from a node."""
+
+    to: int | Choice  # a child, or EXPAND for what is no child yet
+    log_p: float  # log of its p-mass
+    log_value: float  # log of p exp F over what is not finished there; -inf: open to paths that follow p only
+
+
+@dataclass(slots=True)
+class Note:
+    """What a path of these policies carries."""
+
+    explores: bool  # it follows p instead of the values
+    trace: Trace | None = None  # its part in the estimate of Z
+
+
+def options(values: SoftValues, node: int, children: Sequence[int], rest: bool, widen: bool) -> list[Option]:
+    """The children, and with `rest` what is no child yet; unless `widen`, the rest is for paths that follow p."""
+    tree = values.tree
+    found = [Option(child, tree.log_p[child], tree.log_p[child] + values.log_open[child]) for child in children]
+    log_u = tree.log_unexplored[node]
+    if rest and log_u > -math.inf:
+        found.append(Option(Choice.EXPAND, log_u, log_u + values.log_rest[node] if widen else -math.inf))
+    return found
+
+
+def open_children(values: SoftValues, node: int) -> list[int]:
+    """Children below which something is left to finish."""
+    values.grow()
+    return [child for child in values.tree.children(node) if values.log_open[child] > -math.inf]
+
+
+def may_widen(values: SoftValues, node: int, children: Sequence[int], exponent: float) -> bool:
+    """Whether a path that follows the values may add a child (progressive widening; Coulom 2007)."""
+    tree = values.tree
+    if tree.log_unexplored[node] == -math.inf:
+        return False
+    return not children or tree.n_children[node] < values.visits.entered[node] ** exponent
+
+
+def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
+    """One option, by p or by value."""
+    return draw(found, [option.log_p if by_p else option.log_value for option in found], uniform)
+
+
+def _draw(
+    search: Search, source: Source | None, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
+) -> list[int]:
+    """A new child for each path's node, from p times exp(tilt), valued at once."""
+    known = len(search.tree)
+    children = search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
+    if source:
+        source.value([child for child in dict.fromkeys(children) if child >= known])
+    return children
+
+
+class Sampler(Plain):
+    """DTS: follow the estimated target among what is not finished, p(a|s) exp F_open(sa), the rest u(s) exp G(s).
+
+    A share of the paths follows p instead, so that no sequence is left out for a wrong early estimate.
+    """
+
+    distinct = True
+
+    def __init__(
+        self,
+        search: Search,
+        reward_scale: float,
+        source: Source | None,
+        *,
+        explore: float,
+        widening: float,
+        lookahead: int,
+    ) -> None:
+        super().__init__(search)
+        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
+        self._visits = Visits(search.tree)
+        self._values = SoftValues(search.tree, reward_scale, self._visits)
+        self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
+
+    def arrived(self, nodes: Sequence[int]) -> None:
+        look_ahead(self.search, self._source, self._values, nodes, self._lookahead)
+
+    def launch(self, path: Path) -> None:
+        self._visits.enter(ROOT)
+        path.note = Note(path.rng.random() < self._explore, self._partition.start(path))
+
+    def select(self, path: Path) -> int | Choice:
+        node, values, note = path.node, self._values, path.note
+        children = open_children(values, node)
+        found = options(values, node, children, True, may_widen(values, node, children, self._widening))
+        if not found:
+            self._partition.give_up(note.trace)
+            return Choice.BLOCKED
+        option = pick(found, note.explores, path.rng.random())
+        by_value, by_p = (logsumexp(logs) for logs in zip(*((o.log_value, o.log_p) for o in found), strict=True))
+        note.trace.chose(option.log_p, [option.log_value - by_value, option.log_p - by_p])
+        if not isinstance(option.to, Choice):
+            self._visits.enter(option.to)
+        return option.to
+
+    def expand(self, paths: Sequence[Path]) -> list[int]:
+        tilts = [self._values.foresight.tilt(path.node) for path in paths]
+        by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
+        children = _draw(self.search, self._source, paths, by_token)
+        for path, child, tilt in zip(paths, children, tilts, strict=True):
+            log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
+            path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
+        return children
+
+    def learn(self, path: Path) -> None:
+        if self._source:
+            self._source.learn(path.node)
+        self._partition.close(path.note.trace, path.node)
+        if self._visits.close(path.node):
+            self._values.learn(path.node)
+
+    def estimate(self) -> Estimate:
+        """Of the target: the tree's distribution, and Z by the choices of its paths."""
+        exhausted = self._values.log_open[ROOT] == -math.inf
+        return tree_estimate(self.search, self._values, self._partition.log_z(exhausted=exhausted))
+
+
+class Optimiser(Plain):
+    """DTS*: the same descent by sharper values, among what can still beat the best reward found; or by the largest
+    value plus a confidence bonus. What cannot beat it is closed, as are finished subtrees."""
+
+    distinct = True
+
+    def __init__(
+        self,
+        search: Search,
+        reward_scale: float,
+        source: Source | None,
+        *,
+        explore: float,
+        widening: float,
+        lookahead: int,
+        sharpness: float,
+        bonus: float | None,
+    ) -> None:
+        super().__init__(search)
+        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
+        self._bonus = bonus
+        self._visits = Visits(search.tree)
+        self._values = SoftValues(search.tree, reward_scale, self._visits)
+        self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
+        self._low, self._high = math.inf, -math.inf  # rewards seen
+
+    def arrived(self, nodes: Sequence[int]) -> None:
+        look_ahead(self.search, self._source, self._guide, nodes, self._lookahead)
+
+    def launch(self, path: Path) -> None:
+        self._visits.enter(ROOT)
+        path.note = Note(path.rng.random() < self._explore)
+
+    def select(self, path: Path) -> int | Choice:
+        node, guide, upper = path.node, self._guide, self._guide.tree.upper
+        children = open_children(guide, node)
+        if guide.log_open[node] == -math.inf:
+            return Choice.BLOCKED
+        children = [child for child in children if upper[child] > self._high]
+        promising = upper[node] > self._high
+        widen = promising and may_widen(guide, node, children, self._widening)
+        found = options(guide, node, children, promising, widen)
+        if not found:
+            guide.close(node)
+            return Choice.PRUNED
+        if path.note.explores or self._bonus is None:
+            choice = pick(found, path.note.explores, path.rng.random()).to
+        else:
+            choice = self._by_bound(node, found, self._bonus)
+        if not isinstance(choice, Choice):
+            self._visits.enter(choice)
+        return choice
+
+    def _by_bound(self, node: int, found: Sequence[Option], bonus: float) -> int | Choice:
+        """PUCT with soft values: V + bonus p sqrt(N(s)) / (1 + N(sa)), in units of the reward range."""
+        entered, tree = self._visits.entered, self._guide.tree
+        weight = bonus * math.sqrt(entered[node])
+
+        def score(option: Option) -> float:
+            if isinstance(option.to, Choice):
+                value, times = self._guide.rest(node), tree.n_children[node]
+            else:
+                value, times = self._guide.value(option.to), entered[option.to]
+            return self._scaled(value) + weight * math.exp(option.log_p) / (1 + times)
+
+        open_to_values = [option for option in found if option.log_value > -math.inf]
+        return max(open_to_values, key=score).to
+
+    def _scaled(self, value: float) -> float:
+        return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
+
+    def expand(self, paths: Sequence[Path]) -> list[int]:
+        foresight = self._guide.foresight
+        by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
+        return _draw(self.search, self._source, paths, by_token)
+
+    def prunes(self, path: Path) -> bool:
+        if self._guide.tree.upper[path.node] > self._high:
+            return False
+        self._guide.close(path.node)
+        return True
+
+    def learn(self, path: Path) -> None:
+        if self._source:
+            self._source.learn(path.node)
+        reward = self._guide.tree.reward[path.node]
+        self._low, self._high = min(self._low, reward), max(self._high, reward)
+        if self._visits.close(path.node):
+            self._guide.learn(path.node)
+            self._values.learn(path.node)
+
+    def estimate(self) -> Estimate:
+        """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them."""
+        return tree_estimate(self.search, self._values, None)

@@ -1,0 +1,103 @@
+"""Maximum-entropy tree search: Diffusion Tree Sampling (DTS) and DTS*, on tokens (arXiv 2506.20701).
+
+Both grow one tree and keep the soft values of `dts.softvalue`. DTS spends each rollout where the estimated target
+pi* = p exp(lambda r) / Z has the most mass that is not finished yet, so no sequence is drawn twice and the tree's
+distribution converges to pi*. DTS* looks for the best sequence: it descends by a sharper target and leaves out what
+cannot beat the best reward found.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dts.errors import UsageError
+from dts.search.maxent.descent import Optimiser, Sampler
+from dts.search.maxent.lookahead import source_for
+from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_model
+from dts.search.method import GeneratorRun, Run
+from dts.search.paths import rollouts
+from dts.search.sampling import check_size
+from dts.settings import Budget, check_real, check_whole
+
+if TYPE_CHECKING:
+    from dts.search.search import Search
+
+
+@dataclass(frozen=True, slots=True)
+class MaxEnt:
+    """Maximum-entropy tree search.
+
+    rollouts: finished sequences to spend. reward_scale: lambda >= 0. search: "sample" (DTS) or "best" (`DTS*`).
+    explore: share of rollouts that follow p instead of the values (but still finish nothing twice).
+    widening: a node that n paths entered may have up to `n ** widening` children (progressive widening, Coulom 2007),
+    and one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
+    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
+    sharpness: `DTS*` only, paths are led by the soft values at sharpness times lambda.
+    bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
+    confidence bonus of this weight, in units of the reward range seen so far.
+    lookahead: how many of the likeliest next tokens of a node are tried on the reward (not on the model), so that those
+    that gain are drawn more often; 0 turns it off. For monotone rewards, and others with a value model.
+    values: for rewards that are not monotone. "online": the reward is asked about unfinished texts, too, and the search
+    learns what its answer says of the final reward; a value model: the same, with one that may have learnt from other
+    prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. It decides where paths go.
+    The target, Z and the bounds do not depend on it.
+    """
+
+    rollouts: int
+    reward_scale: float = 4.0
+    search: str = "sample"
+    explore: float | None = None
+    widening: float = 0.7
+    sharpness: float = 8.0
+    bonus: float | None = None
+    lookahead: int = 16
+    values: Literal["online"] | ValueModel | None = None
+
+    def __post_init__(self) -> None:
+        check_size("rollouts", self.rollouts)
+        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        if self.search not in ("sample", "best"):
+            raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
+        if self.explore is not None:
+            check_real("explore", self.explore, lambda x: 0 <= x <= 1, "a share from 0 to 1")
+        check_real("widening", self.widening, lambda x: 0 < x <= 1, "an exponent above 0 and up to 1")
+        check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
+        if self.bonus is not None:
+            check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
+        if self.values is not None and self.values != "online":
+            check_value_model(self.values)
+        check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0")
+
+    @property
+    def name(self) -> str:
+        return "maxent" if self.search == "sample" else "maxent-star"
+
+    def batch_size(self) -> int:
+        """A quarter of the rollouts, so that later paths learn from earlier ones, but at least 4: a step of few paths
+        costs nearly what a step of one does."""
+        return min(16, max(4, self.rollouts // 4), self.rollouts)
+
+    def budget(self) -> Budget:
+        return Budget(rollouts=self.rollouts)
+
+    def exploring(self) -> float:
+        """`explore`, or what its default stands for."""
+        if self.explore is not None:
+            return self.explore
+        return 0.35 if self.search == "sample" else 0.1
+
+    def start(self, search: Search) -> Run:
+        policy = self._policy(search)
+        return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
+
+    def _policy(self, search: Search) -> Sampler | Optimiser:
+        explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
+        source = source_for(search, OnlineValues() if self.values == "online" else self.values)
+        if self.search == "sample":
+            return Sampler(search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead)
+        return Optimiser(
+            search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead,
+            sharpness=self.sharpness, bonus=self.bonus,
+        )  # fmt: skip

@@ -1,0 +1,322 @@
+"""A search over one prompt: it grows a tree of tokens with the model, scores it with the reward, and keeps records.
+
+It knows no algorithm. A `Method` starts a run, which works on the tree through this object; `dts.search.run` forwards
+the nodes that the run asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from dts.errors import ModelError
+from dts.lm import PROMPT_SLOT, LanguageModel, Session
+from dts.processors import Processors
+from dts.results import Completion, Rollout
+from dts.rewards import Context, Finished, Reward, State, checked_finish, promised
+from dts.settings import Budget, Decoding
+from dts.stops import Stops, special_tokens
+from dts.tree import NONE, ROOT, Tree
+
+
+class Search:
+    """The state of one search over one prompt: the tree, the model's session, the reward, the records."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        session: Session,
+        context: Context,
+        reward: Reward,
+        decoding: Decoding,
+        budget: Budget,
+        batch_size: int,
+        on_rollout: Callable[[Rollout], None] | None = None,
+    ) -> None:
+        self.lm, self.session, self.reward, self.decoding = lm, session, reward, decoding
+        self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
+        self.tree, self.usage = Tree(), session.usage
+        self.rollouts: list[Rollout] = []
+        self._decode, self._prompt_ids = context.decode, context.prompt_ids
+        self._finished_by: dict[int, str] = {}
+        self._states: list[State] = [reward.start(context)]  # reward state by node
+        self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
+        self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
+        self._started = time.perf_counter()
+        self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
+        self._process = Processors(decoding.logits_processor or ())
+        self.tree.slot[ROOT] = PROMPT_SLOT
+        self.tree.earned[ROOT], self.tree.upper[ROOT] = reward.earned(self._states)[0], reward.upper(self._states)[0]
+        self.tree.promise[ROOT] = promised(reward, self._states)[0]
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, nodes: Sequence[int]) -> None:
+        """Forward `nodes`, all in one call: each is a token whose parent was evaluated."""
+        self.place(nodes, self.session.extend(*self.edges(nodes)))
+
+    def edges(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What `Session.extend` needs to forward `nodes`: parents' slots and tokens."""
+        tree = self.tree
+        return [tree.slot[tree.parent[n]] for n in nodes], [tree.token[n] for n in nodes]
+
+    def place(self, nodes: Sequence[int], slots: Sequence[int]) -> None:
+        """`nodes` went through the model and are held in these slots."""
+        for node, slot in zip(nodes, slots, strict=True):
+            self.tree.slot[node] = slot
+        self.usage.unique_tokens += len(nodes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what is kept between two forward calls."""
+        self._rows.clear()
+        self._ahead.clear()
+
+    def evaluated(self, node: int) -> bool:
+        """Whether the next-token distribution of `node` is at hand."""
+        return self.tree.slot[node] != NONE
+
+    def probabilities(self, nodes: Sequence[int]) -> torch.Tensor:
+        """p(. | node) in float64, [len(nodes), V], of evaluated nodes. Not to be written to."""
+        missing = [n for n in dict.fromkeys(nodes) if n not in self._rows]
+        if missing:
+            logits = self.session.logits([self.tree.slot[n] for n in missing])
+            if self.decoding.logits_processor is not None:
+                logits = self._process(self.tree, self._prompt_ids, missing, logits)
+            rows = self.decoding.probabilities(logits, self._too_early(missing))
+            self._require_distributions(missing, rows)
+            self._rows.update(zip(missing, rows, strict=True))
+            if len(missing) == len(nodes):
+                return rows
+        return torch.stack([self._rows[n] for n in nodes])
+
+    def _require_distributions(self, nodes: Sequence[int], p: torch.Tensor) -> None:
+        """Softmax makes the whole row NaN where one logit is NaN or infinite, or all are minus infinity."""
+        if not p[:, 0].isnan().any():
+            return
+        node = nodes[int(p[:, 0].isnan().nonzero()[0, 0])]
+        text = self._decode([*self._prompt_ids, *self.tree.tokens(node)])
+        raise ModelError(
+            f"{self.lm.name} gave logits with NaN or infinities, or none that is allowed, at node {node} of the tree, "
+            f"{self.tree.depth[node]} tokens after the prompt, after {text[-200:]!r}; try dtype float32, or look at "
+            "the weights and the logits processor"
+        )
+
+    def _too_early(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The rows in which EOS must not come yet, and its ids."""
+        depth, least = self.tree.depth, self.decoding.min_new_tokens
+        return [row for row, node in enumerate(nodes) if depth[node] < least], sorted(self.lm.eos_ids)
+
+    def glance(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """What each of these nodes would promise after one more token, without the model. The reward's states are kept
+        for the tokens that are drawn before the next forward call."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        states = self._states_after(pairs)
+        self._ahead.update(zip(pairs, states, strict=True))
+        return promised(self.reward, states)
+
+    def _states_after(self, pairs: Sequence[tuple[int, int]]) -> list[State]:
+        """The reward's states after these (node, token) pairs."""
+        missing = [pair for pair in pairs if pair not in self._ahead]
+        new = self.reward.extend([self._states[node] for node, _ in missing], [token for _, token in missing])
+        found = dict(zip(missing, new, strict=True))
+        return [found[pair] if pair in found else self._ahead[pair] for pair in pairs]
+
+    # -- growing the tree ------------------------------------------------------------------------------------------
+
+    def draw(
+        self, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
+    ) -> list[int]:
+        """A new child for each of these evaluated nodes: a token that was no child before the call, drawn from p by
+        inverse transform of `uniforms`. `tilts`, one for each node, are logs of factors on p by token.
+
+        A node may be named several times; draws from it are independent, and equal ones share a child.
+        """
+        p, mass = self._outside(nodes)
+        cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
+        target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+        return self._grown(nodes, tokens, p, mass)
+
+    def most_likely(self, nodes: Sequence[int]) -> list[int]:
+        """A new child for each of these evaluated nodes: the likeliest token that is no child yet."""
+        p, mass = self._outside(nodes)
+        return self._grown(nodes, mass.argmax(-1, keepdim=True), p, mass)
+
+    def _outside(self, nodes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """p(. | node), and the same with 0 for tokens that are children, [len(nodes), V] each."""
+        known = [[self.tree.token[c] for c in self.tree.children(node)] for node in nodes]
+        p = mass = self.probabilities(nodes)
+        if any(known):
+            mass = p.clone()
+            for row, tokens_of_row in enumerate(known):
+                mass[row, tokens_of_row] = 0.0
+        return p, mass
+
+    def _grown(self, nodes: Sequence[int], tokens: torch.Tensor, p: torch.Tensor, mass: torch.Tensor) -> list[int]:
+        """The children of `nodes` with these `tokens`, [len(nodes), 1]."""
+        pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
+        log_p = p.gather(-1, tokens)[:, 0].log().tolist()
+        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
+        first_row = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+        new = {}  # (node, token): log p and the mass that stays outside the children
+        drawn: dict[int, list[int]] = {}
+        for (node, token), row in sorted(first_row.items(), key=lambda item: item[1]):
+            drawn.setdefault(node, []).append(token)
+            if len(drawn[node]) > 1:
+                rest[row] = float(mass[row].index_fill(0, torch.tensor(drawn[node], device=mass.device), 0).sum().log())
+            new[node, token] = log_p[row], min(rest[row], 0.0)
+        child_of = dict(zip(new, self._add(new), strict=True))
+        return [child_of[pair] for pair in pairs]
+
+    def take(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """The children of these evaluated nodes that hold the given tokens, of p > 0: old ones where there are some."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        child_of = {pair: self.tree.child_with(*pair) for pair in pairs}
+        new = [pair for pair, child in child_of.items() if child == NONE]
+        if new:
+            row = {node: i for i, node in enumerate(dict.fromkeys(node for node, _ in new))}
+            p = self.probabilities(list(row))
+            held = {node: [self.tree.token[child] for child in self.tree.children(node)] for node in row}
+            for node, token in new:
+                held[node].append(token)
+            outside = p.clone()
+            for node, i in row.items():
+                outside[i, held[node]] = 0.0
+            rest = [min(mass, 0.0) for mass in outside.sum(-1).log().tolist()]
+            log_p = p[[row[node] for node, _ in new], [token for _, token in new]].log().tolist()
+            entries = {pair: (lp, rest[row[pair[0]]]) for pair, lp in zip(new, log_p, strict=True)}
+            child_of.update(zip(new, self._add(entries), strict=True))
+        return [child_of[pair] for pair in pairs]
+
+    def _add(self, new: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
+        tree = self.tree
+        children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
+        states = self._states_after(list(new))
+        self._states.extend(states)
+        promises = promised(self.reward, states)
+        bounds = zip(children, self.reward.earned(states), self.reward.upper(states), promises, strict=True)
+        for child, earned, upper, promise in bounds:
+            tree.earned[child], tree.upper[child], tree.promise[child] = earned, upper, promise
+            reason = self._complete(child)
+            if reason:
+                tree.terminal[child] = 1
+                self._finished_by[child] = reason
+        self.usage.generated_tokens += len(children)
+        return children
+
+    def _complete(self, node: int) -> str | None:
+        tree, decoding = self.tree, self.decoding
+        if tree.token[node] in self.lm.eos_ids:
+            return "eos"
+        if decoding.stop and self._stops.reached(tree.parent[node], node, tree.token[node]):
+            return "stop"
+        return "length" if tree.depth[node] >= decoding.max_new_tokens else None
+
+    # -- finished sequences ----------------------------------------------------------------------------------------
+
+    def record(self, leaves: Sequence[int], start_depths: Sequence[int]) -> None:
+        """Score complete sequences and record one rollout each."""
+        self.score(leaves)
+        for leaf, start_depth in zip(leaves, start_depths, strict=True):
+            self._record(leaf, start_depth)
+
+    def score(self, leaves: Sequence[int]) -> None:
+        """Reward complete sequences. A leaf reached again keeps its reward."""
+        tree = self.tree
+        new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
+        for leaf, reward in zip(new, self.rewards(new), strict=True):
+            tree.reward[leaf] = reward
+
+    def rewards(self, nodes: Sequence[int]) -> list[float]:
+        """The reward of each of these prefixes if its sequence ended there."""
+        done = [self.finished(node) for node in nodes]
+        return checked_finish(self.reward, [self._states[node] for node in nodes], done) if nodes else []
+
+    def scores_after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """The reward of each of these prefixes with one more token, if its sequence ended there."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        states = self._states_after(pairs)
+        self._ahead.update(zip(pairs, states, strict=True))
+        done = [self._text([*self.tree.tokens(node), token]) for node, token in pairs]
+        return checked_finish(self.reward, states, done) if pairs else []
+
+    def _text(self, ids: Sequence[int]) -> Finished:
+        """A sequence that is not in the tree, as if it ended there."""
+        return Finished(tuple(ids), self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids))
+
+    def _record(self, leaf: int, start_depth: int) -> None:
+        reward = self.tree.reward[leaf]
+        rollout = Rollout(
+            index=len(self.rollouts),
+            reward=reward,
+            best_so_far=max(reward, self.rollouts[-1].best_so_far) if self.rollouts else reward,
+            nodes=len(self.tree),
+            seconds=self.seconds,
+            tokens=self.usage.forwarded_tokens,
+            length=self.tree.depth[leaf],
+            start_depth=start_depth,
+            leaf=leaf,
+            text=self.finished(leaf).text,
+        )
+        self.rollouts.append(rollout)
+        if self._on_rollout is not None:
+            self._on_rollout(rollout)
+
+    def finished(self, leaf: int) -> Finished:
+        """The complete sequence that ends at `leaf`."""
+        ids = self.tree.tokens(leaf)
+        text = self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids)
+        return Finished(ids, self._stops.cut(leaf, text))
+
+    def completion(self, leaf: int) -> Completion:
+        """A scored leaf as the user sees it."""
+        done, tree = self.finished(leaf), self.tree
+        log_probs = tuple(tree.log_p[node] for node in tree.path(leaf))
+        reason = self._finished_by[leaf]
+        return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
+
+    # -- budget ----------------------------------------------------------------------------------------
+
+    def exhausted(self, next_tokens: int = 0) -> bool:
+        """Whether a budget is used up, or would be exceeded by forwarding `next_tokens` more."""
+        budget = self.budget
+        return (
+            (budget.rollouts is not None and len(self.rollouts) >= budget.rollouts)
+            or (budget.tokens is not None and self.usage.forwarded_tokens + next_tokens > budget.tokens)
+            or (budget.seconds is not None and self.seconds >= budget.seconds)
+        )
+
+    def rng(self, index: int) -> np.random.Generator:
+        """The random stream of the `index`-th path: the same whatever is decoded beside it."""
+        return np.random.default_rng([self.decoding.seed, index])
+
+    @property
+    def seconds(self) -> float:
+        """Since the search started."""
+        return time.perf_counter() - self._started
+
+    def fork(self) -> Search:
+        """A search that continues from here with a tree of its own, on the same model session: what it computes is
+        counted in the same `usage`."""
+        other = copy.copy(self)
+        other.tree = self.tree.copy()
+        other.rollouts, other._states = list(self.rollouts), list(self._states)
+        other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}
+        other._stops, other._process = self._stops.copy(), self._process.copy()
+        return other
+
+
+def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.Tensor:
+    """Rows of `mass` [B, V] times exp(tilt), up to a factor for each row: in logs, so that no tilt overflows."""
+    mass = mass.clone()
+    for row, tilt in zip(mass, tilts, strict=True):
+        if tilt:
+            log = row.log()
+            log[list(tilt)] += torch.tensor(list(tilt.values()), dtype=mass.dtype, device=mass.device)
+            row.copy_((log - log.max()).exp())
+    return mass
