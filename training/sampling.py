@@ -47,10 +47,7 @@ def in_eval_mode(model: Any) -> Iterator[None]:
 def decoder_of(trainer: Any) -> HFModel:
     """A trainer's model as something to decode with; its mode stays as it is."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    training = model.training
-    lm = HFModel(model, trainer.processing_class, name="model in training")
-    model.train(training)
-    return lm
+    return HFModel(model, trainer.processing_class, name="model in training")
 
 
 def stream(*key: int) -> int:
