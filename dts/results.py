@@ -62,7 +62,7 @@ class LogZ:
     """An estimate of log Z, Z = E_p exp(lambda r)."""
 
     value: float  # log of the estimate of Z, which is unbiased; its log is biased downwards (Jensen)
-    error: float = math.inf  # standard error of `value` (delta method); inf: not known
+    error: float = math.nan  # standard error of `value` (delta method); inf: too few draws, nan: not estimated
     interval: tuple[float, float] = (-math.inf, math.inf)  # 95 %
 
 
@@ -108,9 +108,9 @@ class Result:
 
     @property
     def log_z_estimate(self) -> LogZ | None:
-        """The estimate of log Z with its error; None where no error is known."""
+        """The estimate of log Z with its error; None for methods that estimate no error."""
         log_z = self.estimate.log_z if self.estimate else None
-        return log_z if log_z is not None and math.isfinite(log_z.error) else None
+        return log_z if log_z is not None and not math.isnan(log_z.error) else None
 
     @property
     def log_z(self) -> float:

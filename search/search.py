@@ -280,7 +280,7 @@ class Search:
         reason = self._finished_by[leaf]
         return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
 
-    # -- budget ----------------------------------------------------------------------------------------
+    # -- budget ----------------------------------------------------------------------------------------------------
 
     def exhausted(self, next_tokens: int = 0) -> bool:
         """Whether a budget is used up, or would be exceeded by forwarding `next_tokens` more."""

@@ -150,3 +150,8 @@ def test_shuffled_monotonicity_with_ties_equals_all_permutations():
     chance = metrics.shuffled_monotonicity(rewards, draws=20000)
     assert chance.mean == pytest.approx(np.mean(shares))
     assert chance.deviation == pytest.approx(np.std(shares), rel=0.05)
+
+
+def test_a_perplexity_beyond_all_floats_is_infinite():
+    assert metrics.perplexity([-math.log(4.0)] * 3) == pytest.approx(4.0)
+    assert metrics.perplexity([-800.0, -1000.0]) == math.inf

@@ -89,3 +89,9 @@ def test_plain_dts_weighs_no_sequence_and_no_leaf_of_its_own_making():
     assert math.isfinite(result.log_z) and result.log_weights is None and result.values is None
     with pytest.raises(RuntimeError, match="plain-dts keeps no estimate"):
         _ = result.shares
+
+
+def test_one_draw_gives_an_estimate_of_z_whose_error_is_infinite():
+    lm = TableModel(lambda prefix: np.zeros(4), 4)
+    result = dts.decode(lm, (1,), method=MaxEnt(1), reward=len, max_new_tokens=3)
+    assert result.log_z_estimate is not None and result.log_z_estimate.error == math.inf

@@ -150,6 +150,21 @@ def test_a_value_model_that_is_given_learns_over_several_searches():
     assert model.predict(0.5, 1.0) != before
 
 
+def test_a_finished_text_is_scored_once_and_without_its_stop():
+    scored = []
+
+    def reward(text):
+        scored.append(text)
+        return share_of_threes(text)
+
+    method = MaxEnt(12, values="online", lookahead=0)  # every text that is asked about is a node
+    result = dts.decode(letters(), (1,), reward=reward, method=method, max_new_tokens=4, stop="7 ", seed=2)
+    assert any(c.finished_by == "stop" for c in result.completions)
+    assert len(scored) == len(result.tree) - 1  # all nodes but the prompt
+    for leaf in result.tree.leaves():
+        assert result.tree.promise[leaf] == result.tree.reward[leaf]
+
+
 @pytest.mark.parametrize("values", ["offline", 1, OnlineValues, object()])
 def test_what_is_no_value_model_is_refused(values):
     with pytest.raises(dts.UsageError, match="values="):

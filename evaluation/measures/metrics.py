@@ -90,10 +90,11 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def perplexity(logprobs: Sequence[float]) -> float:
-    """exp(-mean) of log-probabilities per token, in nats."""
+    """exp(-mean) of log-probabilities per token, in nats; inf beyond e^700."""
     if not logprobs:
         raise ValueError("perplexity needs at least one log-probability")
-    return math.exp(-math.fsum(logprobs) / len(logprobs))
+    mean = math.fsum(logprobs) / len(logprobs)
+    return math.exp(-mean) if mean > -700 else math.inf  # no float holds more
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

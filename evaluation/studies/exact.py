@@ -59,7 +59,7 @@ class Instance:
         """V of the empty completion."""
         if scale == 0:
             return float(np.exp(self.log_p) @ self.rewards)
-        return float(np.log(np.exp(self.log_p) @ np.exp(scale * self.rewards))) / scale
+        return float(np.logaddexp.reduce(self.log_p + scale * self.rewards)) / scale
 
     @functools.cached_property
     def ranges(self) -> dict[tuple[int, ...], tuple[int, int, float]]:

@@ -65,13 +65,19 @@ class Scored:
 
     def value(self, nodes: Sequence[int]) -> None:
         tree = self._search.tree
-        known = {node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes}
+        leaves = [node for node in nodes if tree.terminal[node]]
+        self._search.score(leaves)  # finished texts keep their reward, so nobody asks again
+        for leaf in leaves:
+            tree.promise[leaf] = tree.reward[leaf]
+        known = {
+            node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes if not tree.terminal[node]
+        }
         asked = [node for node, score in known.items() if score is None]
         known.update(zip(asked, self._search.rewards(asked), strict=True))
         for node, score in known.items():
             assert score is not None
             self._scores[node] = score
-            tree.promise[node] = score if tree.terminal[node] else self._predict(tree.depth[node], score)
+            tree.promise[node] = self._predict(tree.depth[node], score)
 
     def after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         search = self._search
@@ -92,7 +98,7 @@ class Scored:
 
     def learn(self, leaf: int) -> None:
         tree, longest = self._search.tree, self._search.decoding.max_new_tokens
-        path = [node for node in tree.path(leaf) if node in self._scores and not tree.terminal[node]]
+        path = [node for node in tree.path(leaf) if node in self._scores]
         beginnings = [(tree.depth[node] / longest, self._scores[node]) for node in path]
         self._model.observe(beginnings, tree.reward[leaf])
 
