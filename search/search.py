@@ -7,13 +7,14 @@ the nodes that the run asks for.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from dts.errors import ModelError
+from dts.errors import ModelError, RewardError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.processors import Processors
 from dts.results import Completion, Rollout
@@ -237,13 +238,27 @@ class Search:
         done = [self.finished(node) for node in nodes]
         return checked_finish(self.reward, [self._states[node] for node in nodes], done) if nodes else []
 
+    def scores_so_far(self, nodes: Sequence[int]) -> list[float]:
+        """The same of unfinished texts: nan where the reward fails on one, as some do on half a text."""
+        return self._so_far([self._states[node] for node in nodes], [self.finished(node) for node in nodes])
+
     def scores_after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """The reward of each of these prefixes with one more token, if its sequence ended there."""
+        """The same of these prefixes with one more token."""
         pairs = list(zip(nodes, tokens, strict=True))
         states = self._states_after(pairs)
         self._ahead.update(zip(pairs, states, strict=True))
-        done = [self._text([*self.tree.tokens(node), token]) for node, token in pairs]
-        return checked_finish(self.reward, states, done) if pairs else []
+        return self._so_far(states, [self._text([*self.tree.tokens(node), token]) for node, token in pairs])
+
+    def _so_far(self, states: Sequence[State], texts: Sequence[Finished]) -> list[float]:
+        if not texts:
+            return []
+        try:
+            return checked_finish(self.reward, states, texts)
+        except RewardError:
+            if len(texts) == 1:
+                return [math.nan]
+            one_by_one = zip(states, texts, strict=True)
+            return [score for state, text in one_by_one for score in self._so_far([state], [text])]
 
     def _text(self, ids: Sequence[int]) -> Finished:
         """A sequence that is not in the tree, as if it ended there."""

@@ -16,9 +16,13 @@ class TerminalReward(Reward):
     """A batch function of finished sequences as a reward: nothing is known before the end."""
 
     def __init__(
-        self, score: Callable[[Context, Sequence[Finished]], Sequence[float]], name: str, parts: Sequence[Any] = ()
+        self,
+        score: Callable[[Context, Sequence[Finished]], Sequence[float]],
+        name: str,
+        parts: Sequence[Any] = (),
+        partial: bool = True,
     ) -> None:
-        self.name, self.parts = name, tuple(parts)  # what it was made from
+        self.name, self.parts, self.partial = name, tuple(parts), partial  # parts: what it was made from
         self._score = score
 
     def start(self, context: Context) -> State:

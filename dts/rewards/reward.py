@@ -41,6 +41,7 @@ class Reward:
 
     name: str
     monotone: bool = False
+    partial: bool = True  # whether an unfinished text may be given to `finish`, too, as a guide for the search
     parts: Sequence[Any] = ()  # rewards or functions that it was made from
 
     def start(self, context: Context) -> State:

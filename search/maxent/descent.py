@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dts.logspace import draw, logsumexp
 from dts.results import Estimate
 from dts.search.choice import Choice
+from dts.search.maxent.branching import Brancher
 from dts.search.maxent.lookahead import Source, look_ahead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
@@ -37,6 +38,8 @@ class Note:
 
     explores: bool  # it follows p instead of the values
     trace: Trace | None = None  # its part in the estimate of Z
+    way: list[int] = field(default_factory=list)  # nodes to a branch point that was chosen, the next one last
+    branches: bool = False  # it is to leave the tree at the end of its way
 
 
 def options(values: SoftValues, node: int, children: Sequence[int], rest: bool, widen: bool) -> list[Option]:
@@ -163,10 +166,11 @@ class Optimiser(Plain):
         lookahead: int,
         sharpness: float,
         bonus: float | None,
+        brancher: Brancher | None,
     ) -> None:
         super().__init__(search)
         self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
-        self._bonus = bonus
+        self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
@@ -177,9 +181,34 @@ class Optimiser(Plain):
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
-        path.note = Note(path.rng.random() < self._explore)
+        path.note = note = Note(path.rng.random() < self._explore)
+        if self._brancher and not note.explores:
+            self._guide.grow()
+            node = self._brancher.choose(self._high, self._may_branch, path.rng.random())
+            if node is not None:
+                note.way, note.branches = self._guide.tree.path(node)[::-1], True
+
+    def _may_branch(self, node: int) -> bool:
+        """Whether a new child of `node` could hold a better text."""
+        tree = self._guide.tree
+        return (
+            self.search.evaluated(node)
+            and tree.log_unexplored[node] > -math.inf
+            and tree.upper[node] > self._high
+            and self._guide.log_open[node] > -math.inf
+        )
 
     def select(self, path: Path) -> int | Choice:
+        if not path.note.branches:
+            return self._descend(path)
+        if path.note.way:
+            self._visits.enter(path.note.way[-1])
+            return path.note.way.pop()
+        path.note.branches = False
+        return Choice.EXPAND if self._may_branch(path.node) else self._descend(path)
+
+    def _descend(self, path: Path) -> int | Choice:
+        """By the values, or by p."""
         node, guide, upper = path.node, self._guide, self._guide.tree.upper
         children = open_children(guide, node)
         if guide.log_open[node] == -math.inf:
@@ -236,6 +265,8 @@ class Optimiser(Plain):
         if self._visits.close(path.node):
             self._guide.learn(path.node)
             self._values.learn(path.node)
+            if self._brancher:
+                self._brancher.learn(path.node, path.left_at or 0)
 
     def estimate(self) -> Estimate:
         """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them."""

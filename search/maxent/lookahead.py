@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dts.search.search import Search
 
 TOLERANCE = 1e-12
+ENOUGH_TEXTS = 16  # to see whether a value model is worth its calls of the reward
 
 
 class Source(Protocol):
@@ -56,10 +57,13 @@ class Earned:
 
 
 class Scored:
-    """A value model on the reward's own score of the text so far."""
+    """A value model on the reward's own score of the text so far.
+
+    The reward is not asked any more once its answers turn out to say nothing about the final reward.
+    """
 
     def __init__(self, search: Search, model: ValueModel) -> None:
-        self._search, self._model = search, model
+        self._search, self._model, self._skill = search, model, Skill()
         self._scores: dict[int, float] = {}  # by node
         self._tried: dict[tuple[int, int], float] = {}  # by node and token, of what a glance has asked already
 
@@ -69,38 +73,77 @@ class Scored:
         self._search.score(leaves)  # finished texts keep their reward, so nobody asks again
         for leaf in leaves:
             tree.promise[leaf] = tree.reward[leaf]
-        known = {
-            node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes if not tree.terminal[node]
-        }
+        self._scores.update(self._ask([node for node in nodes if not tree.terminal[node]]))
+        for node in nodes:
+            if not tree.terminal[node]:
+                score = self._scores.get(node, math.nan)
+                promise = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
+                tree.promise[node] = promise
+
+    def _ask(self, nodes: Sequence[int]) -> dict[int, float]:
+        """The scores of these unfinished texts."""
+        if self._skill.none:
+            return {}
+        tree = self._search.tree
+        known = {node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes}
         asked = [node for node, score in known.items() if score is None]
-        known.update(zip(asked, self._search.rewards(asked), strict=True))
-        for node, score in known.items():
-            assert score is not None
-            self._scores[node] = score
-            tree.promise[node] = self._predict(tree.depth[node], score)
+        found = dict(zip(asked, self._search.scores_so_far(asked), strict=True))
+        return {node: found[node] if score is None else score for node, score in known.items()}
 
     def after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        search = self._search
-        scores = search.scores_after(nodes, tokens)
+        if self._skill.none:
+            return [math.nan] * len(nodes)
+        scores = self._search.scores_after(nodes, tokens)
         self._tried.update(zip(zip(nodes, tokens, strict=True), scores, strict=True))
         return [
-            score if token in search.lm.eos_ids else self._predict(search.tree.depth[node] + 1, score)
+            score if token in self._search.lm.eos_ids or math.isnan(score) else self._predict(node, 1, score)
             for node, token, score in zip(nodes, tokens, scores, strict=True)
         ]
 
     def before(self, node: int, log_p: Sequence[float], after: Sequence[float]) -> float:
         """The mean over the tokens that were tried: a prediction is as likely to rise as to fall."""
-        weights = [math.exp(log) for log in log_p]
-        return math.fsum(w * v for w, v in zip(weights, after, strict=True)) / math.fsum(weights)
+        known = [(math.exp(log), value) for log, value in zip(log_p, after, strict=True) if not math.isnan(value)]
+        weights = math.fsum(weight for weight, _ in known)
+        return math.fsum(weight * value for weight, value in known) / weights if weights else math.nan
 
-    def _predict(self, depth: int, score: float) -> float:
-        return self._model.predict(depth / self._search.decoding.max_new_tokens, score)
+    def _predict(self, node: int, more: int, score: float) -> float:
+        return self._model.predict((self._search.tree.depth[node] + more) / self._longest, score)
+
+    @property
+    def _longest(self) -> int:
+        return self._search.decoding.max_new_tokens
 
     def learn(self, leaf: int) -> None:
-        tree, longest = self._search.tree, self._search.decoding.max_new_tokens
-        path = [node for node in tree.path(leaf) if node in self._scores]
-        beginnings = [(tree.depth[node] / longest, self._scores[node]) for node in path]
-        self._model.observe(beginnings, tree.reward[leaf])
+        tree, reward = self._search.tree, self._search.tree.reward[leaf]
+        path = [node for node in tree.path(leaf) if not math.isnan(self._scores.get(node, math.nan))]
+        if path:
+            self._skill.add([tree.promise[node] for node in path], [self._scores[node] for node in path], reward)
+            self._model.observe([(tree.depth[node] / self._longest, self._scores[node]) for node in path], reward)
+
+
+class Skill:
+    """Whether predictions along the text are better than the mean of the rewards seen before."""
+
+    def __init__(self) -> None:
+        self._texts, self._mean = 0, 0.0
+        self._model_error = self._mean_error = 0.0  # sums over texts of mean squares
+        self._low, self._high = math.inf, -math.inf  # scores seen
+
+    def add(self, predictions: Sequence[float], scores: Sequence[float], reward: float) -> None:
+        """A finished text with the predictions and the scores of its beginnings."""
+        if self._texts:
+            self._model_error += math.fsum((reward - value) ** 2 for value in predictions) / len(predictions)
+            self._mean_error += (reward - self._mean) ** 2
+        self._texts += 1
+        self._mean += (reward - self._mean) / self._texts
+        self._low, self._high = min(self._low, *scores), max(self._high, *scores)
+
+    @property
+    def none(self) -> bool:
+        """True once `ENOUGH_TEXTS` have shown none."""
+        if self._texts < ENOUGH_TEXTS:
+            return False
+        return self._high == self._low or self._model_error > self._mean_error > 0
 
 
 def source_for(search: Search, model: ValueModel | None) -> Source | None:

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
+from dts.search.maxent.branching import Brancher
 from dts.search.maxent.descent import Optimiser, Sampler
 from dts.search.maxent.lookahead import source_for
 from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_model
@@ -41,8 +42,12 @@ class MaxEnt:
     that gain are drawn more often; 0 turns it off. For monotone rewards, and others with a value model.
     values: for rewards that are not monotone. "online": the reward is asked about unfinished texts, too, and the search
     learns what its answer says of the final reward; a value model: the same, with one that may have learnt from other
-    prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. It decides where paths go.
-    The target, Z and the bounds do not depend on it.
+    prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. "auto": "online" for
+    `DTS*` where the reward's `partial` allows it, else None. It decides where paths go. The target, Z and the bounds do
+    not depend on it.
+    branch: `DTS*` only, how a path finds the node where it leaves the tree. "values": it descends by the soft values.
+    "improvement": the node is chosen by the expected improvement of the best reward for each new token
+    (`dts.search.maxent.branching`). None: "values" for monotone rewards and with a bonus, else "improvement".
     """
 
     rollouts: int
@@ -53,7 +58,8 @@ class MaxEnt:
     sharpness: float = 8.0
     bonus: float | None = None
     lookahead: int = 16
-    values: Literal["online"] | ValueModel | None = None
+    values: Literal["auto", "online"] | ValueModel | None = "auto"
+    branch: Literal["values", "improvement"] | None = None
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
@@ -66,7 +72,9 @@ class MaxEnt:
         check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
         if self.bonus is not None:
             check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
-        if self.values is not None and self.values != "online":
+        if self.branch not in (None, "values", "improvement"):
+            raise UsageError(f"branch={shown(self.branch)} is not known; give 'values', 'improvement' or None")
+        if self.values not in (None, "auto", "online"):
             check_value_model(self.values)
         check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0")
 
@@ -94,10 +102,22 @@ class MaxEnt:
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
         explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
-        source = source_for(search, OnlineValues() if self.values == "online" else self.values)
+        source = source_for(search, self._value_model(search))
         if self.search == "sample":
             return Sampler(search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead)
         return Optimiser(
             search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead,
-            sharpness=self.sharpness, bonus=self.bonus,
+            sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search),
         )  # fmt: skip
+
+    def _value_model(self, search: Search) -> ValueModel | None:
+        if self.values == "auto":
+            return OnlineValues() if self.search == "best" and getattr(search.reward, "partial", True) else None
+        return OnlineValues() if self.values == "online" else self.values
+
+    def _brancher(self, search: Search) -> Brancher | None:
+        by_default = "values" if search.reward.monotone or self.bonus is not None else "improvement"
+        if (self.branch or by_default) == "values":
+            return None
+        predicted = not search.reward.monotone and self._value_model(search) is not None
+        return Brancher(search.tree, search.decoding.max_new_tokens, predicted=predicted)
