@@ -5,6 +5,7 @@
 
 Best-of-N draws its samples once; they are scored by every reward. Each search may forward as many tokens as all samples
 did, and stops when it has reached their best: a search that never gets there is scored at its full budget, ratio 1.
+Prompts whose samples all have the same reward are left out: there is nothing to find.
 The score is the reward, or with `--score target` log p + lambda r. All prompts are decoded at once, four paths each,
 best-of-N too; seconds are of this process, the reward's own among them. One JSON line a prompt and method; the same
 command continues after the groups (reward and method) that it has finished.
@@ -272,12 +273,13 @@ def group(lm: Any, name: str, method: str, reward: dts.Reward, options: argparse
     drawn, (costs, drawing) = samples(lm, name, options.samples, tokens, options.prompts, options.output.parent)
     prompts, target = prompts_of(name, options.prompts), options.score == "target"
     begun = time.process_time()
-    bests, goals = [], []
+    bests, goals, flat = [], [], []
     for prompt, texts, (full, _) in zip(prompts, drawn, costs, strict=True):
         values = scores(lm, reward, prompt, texts)
         scored = [dataclasses.replace(text, reward=value) for text, value in zip(texts, values, strict=True)]
         best = max(scored, key=lambda text: text.reward * SCALE + target * text.logprob)
         bests.append(best)
+        flat.append(max(values) == min(values))
         goals.append(Goal(best.reward * SCALE + best.logprob if target else best.reward, full))
     drawing += time.process_time() - begun
     settings = {**METHODS[method], **options_of(name)}
@@ -292,6 +294,8 @@ def group(lm: Any, name: str, method: str, reward: dts.Reward, options: argparse
     seconds = time.process_time() - begun
     rows = []
     for index, (best, (full, own)) in enumerate(zip(bests, costs, strict=True)):
+        if flat[index]:
+            continue
         run = watched.runs[index]
         found = run.best or dataclasses.replace(best, text="", logprob=-math.inf, reward=0.0)
         rows.append({

@@ -50,6 +50,17 @@ class Foresight:
         """The log-mean of exp(lambda gain) when the node was first looked at; None where nothing gains."""
         return self._expected.get(node)
 
+    def log_factor(self, node: int, token: int) -> float:
+        """lambda * gain of a token of `node`, whether it is a child or not."""
+        gain = self._gains.get(node, {}).get(token)
+        return self._scale * gain.amount if gain else 0.0
+
+    def on(self, tree: Tree) -> Foresight:
+        """The same gains on a tree that has these nodes and may grow others."""
+        other = Foresight(tree, self._scale)
+        other._gains = dict(self._gains)
+        return other
+
     def tilt(self, node: int) -> Tilt:
         """The factors on the tokens of `node` that are no children yet."""
         gains, log_u = self._gains.get(node), self._tree.log_unexplored[node]

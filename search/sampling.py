@@ -17,28 +17,19 @@ if TYPE_CHECKING:
 
 
 class Ancestral(Plain):
-    """Draw from p: an existing child with its own probability, otherwise a new token.
-
-    With `explored` set, the tree below that node id is left: the first draw takes only from the mass outside its
-    children, `log_mass` (by node), as it was then.
-    """
-
-    def __init__(self, search: Search, explored: int = 0, log_mass: Sequence[float] = ()) -> None:
-        super().__init__(search)
-        self._explored, self._log_mass = explored, log_mass
+    """Draw from p: an existing child with its own probability, otherwise a new token."""
 
     def select(self, path: Path) -> int | Choice:
         tree, node = self.search.tree, path.node
         if not tree.n_children[node]:
             return Choice.EXPAND
-        u = path.rng.random() * (math.exp(self._log_mass[node]) if node < self._explored else 1.0)
+        u = path.rng.random()
         last: int | Choice = Choice.EXPAND
         for child in tree.children(node):
-            if child >= self._explored:
-                u -= math.exp(tree.log_p[child])
-                last = child
-                if u < 0:
-                    return child
+            u -= math.exp(tree.log_p[child])
+            last = child
+            if u < 0:
+                return child
         # Rounding may leave a sliver of u although every token is a child.
         return Choice.EXPAND if tree.log_unexplored[node] > -math.inf else last
 

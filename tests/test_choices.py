@@ -6,8 +6,11 @@ import math
 
 from toys import LOG, Uniforms
 
+from dts.foresight import Foresight, Gain
 from dts.logspace import draw
 from dts.search.choice import Choice
+from dts.search.maxent.lookahead import LookAhead
+from dts.search.maxent.target import Onward
 from dts.search.paths import Path
 from dts.search.sampling import Ancestral
 from dts.tree import ROOT, Tree
@@ -37,6 +40,16 @@ def test_ancestral_draws_walk_the_children_by_their_own_p():
     assert policy.select(Path(Uniforms(), node=a)) == Choice.EXPAND  # no children: no number is needed
     c = tree.add(ROOT, 3, LOG(0.25 - 1e-9), -math.inf)
     assert policy.select(Path(Uniforms(1 - 1e-12))) == c  # every token is a child, rounding left a sliver
-    # Only children from b on, among the mass of 0.5 that was outside the children when there was only a.
-    later = Ancestral(Grown(tree), explored=b, log_mass=[LOG(0.5)])
-    assert [later.select(Path(Uniforms(u))) for u in (0.0, 0.49, 0.51, 0.99)] == [b, b, c, c]
+
+
+def test_draws_beyond_the_tree_leave_its_children_and_weigh_the_others_by_what_they_gain():
+    tree = Tree()
+    tree.add(ROOT, 1, LOG(0.5), LOG(0.5))
+    b, c = tree.add(ROOT, 2, LOG(0.2), LOG(0.3)), tree.add(ROOT, 3, LOG(0.1), LOG(0.2))
+    foresight = Foresight(tree, 2.0)
+    policy = Onward(Grown(tree), b, foresight, LookAhead(Grown(tree), None, 0))
+    chosen = [policy.select(Path(Uniforms(u))) for u in (0.0, 0.39, 0.41, 0.59, 0.61, 0.99)]
+    assert chosen == [b, b, c, c, Choice.EXPAND, Choice.EXPAND]  # 0.2, 0.1 and 0.2 of 0.5
+    foresight.learn(ROOT, {3: Gain(LOG(0.1), LOG(2.0) / 2), 4: Gain(LOG(0.05), LOG(3.0) / 2)})  # factors 2 and 3
+    chosen = [policy.select(Path(Uniforms(u))) for u in (0.28, 0.29, 0.57, 0.58, 0.99)]
+    assert chosen == [b, c, c, Choice.EXPAND, Choice.EXPAND]  # 0.2, 0.2 and 0.15 + 3 * 0.05 of 0.7

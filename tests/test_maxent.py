@@ -100,7 +100,7 @@ def test_intervals_of_log_z_cover_the_truth(structured):
     truth = float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
     estimates = [search(case, case.reward, 200, scale, seed).log_z_estimate for seed in range(50)]
     covered = sum(e.interval[0] <= truth <= e.interval[1] for e in estimates)
-    assert covered >= 45
+    assert covered >= 43  # a rate of 90 % gives 43 or more in 88 % of such trials; the seeds are fixed
     widths = [e.interval[1] - e.interval[0] for e in estimates]
     assert np.median(widths) < 1.0  # nats; an interval can always cover by saying nothing
 

@@ -11,7 +11,7 @@ from dts.logspace import draw, logsumexp
 from dts.results import Estimate
 from dts.search.choice import Choice
 from dts.search.maxent.branching import Brancher
-from dts.search.maxent.lookahead import Source, look_ahead
+from dts.search.maxent.lookahead import LookAhead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
@@ -71,14 +71,11 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
     return draw(found, [option.log_p if by_p else option.log_value for option in found], uniform)
 
 
-def _draw(
-    search: Search, source: Source | None, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
-) -> list[int]:
+def _draw(search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]) -> list[int]:
     """A new child for each path's node, from p times exp(tilt), valued at once."""
     known = len(search.tree)
     children = search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
-    if source:
-        source.value([child for child in dict.fromkeys(children) if child >= known])
+    ahead.value([child for child in dict.fromkeys(children) if child >= known])
     return children
 
 
@@ -94,20 +91,20 @@ class Sampler(Plain):
         self,
         search: Search,
         reward_scale: float,
-        source: Source | None,
+        ahead: LookAhead,
         *,
         explore: float,
         widening: float,
-        lookahead: int,
     ) -> None:
         super().__init__(search)
-        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
+        self._ahead, self._explore, self._widening = ahead, explore, widening
         self._visits = Visits(search.tree)
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
 
     def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._source, self._values, nodes, self._lookahead)
+        for node, gains in self._ahead.gains(nodes).items():
+            self._values.foresee(node, gains)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -130,15 +127,14 @@ class Sampler(Plain):
     def expand(self, paths: Sequence[Path]) -> list[int]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
-        children = _draw(self.search, self._source, paths, by_token)
+        children = _draw(self.search, self._ahead, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
         return children
 
     def learn(self, path: Path) -> None:
-        if self._source:
-            self._source.learn(path.node)
+        self._ahead.learn(path.node)
         self._partition.close(path.note.trace, path.node)
         if self._visits.close(path.node):
             self._values.learn(path.node)
@@ -146,7 +142,7 @@ class Sampler(Plain):
     def estimate(self) -> Estimate:
         """Of the target: the tree's distribution, and Z by the choices of its paths."""
         exhausted = self._values.log_open[ROOT] == -math.inf
-        return tree_estimate(self.search, self._values, self._partition.log_z(exhausted=exhausted))
+        return tree_estimate(self.search, self._values, self._partition.log_z(exhausted=exhausted), self._ahead)
 
 
 class Optimiser(Plain):
@@ -159,17 +155,16 @@ class Optimiser(Plain):
         self,
         search: Search,
         reward_scale: float,
-        source: Source | None,
+        ahead: LookAhead,
         *,
         explore: float,
         widening: float,
-        lookahead: int,
         sharpness: float,
         bonus: float | None,
         brancher: Brancher | None,
     ) -> None:
         super().__init__(search)
-        self._source, self._explore, self._widening, self._lookahead = source, explore, widening, lookahead
+        self._ahead, self._explore, self._widening = ahead, explore, widening
         self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
         self._values = SoftValues(search.tree, reward_scale, self._visits)
@@ -177,7 +172,9 @@ class Optimiser(Plain):
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
     def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._source, self._guide, nodes, self._lookahead)
+        for node, gains in self._ahead.gains(nodes).items():
+            self._guide.foresee(node, gains)
+            self._values.foresee(node, gains)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -249,7 +246,7 @@ class Optimiser(Plain):
     def expand(self, paths: Sequence[Path]) -> list[int]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
-        return _draw(self.search, self._source, paths, by_token)
+        return _draw(self.search, self._ahead, paths, by_token)
 
     def prunes(self, path: Path) -> bool:
         if self._guide.tree.upper[path.node] > self._high:
@@ -258,8 +255,7 @@ class Optimiser(Plain):
         return True
 
     def learn(self, path: Path) -> None:
-        if self._source:
-            self._source.learn(path.node)
+        self._ahead.learn(path.node)
         reward = self._guide.tree.reward[path.node]
         self._low, self._high = min(self._low, reward), max(self._high, reward)
         if self._visits.close(path.node):
@@ -270,4 +266,4 @@ class Optimiser(Plain):
 
     def estimate(self) -> Estimate:
         """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them."""
-        return tree_estimate(self.search, self._values, None)
+        return tree_estimate(self.search, self._values, None, self._ahead)

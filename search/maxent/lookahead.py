@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dts.foresight import Gain
-from dts.softvalue import SoftValues
 
 if TYPE_CHECKING:
     from dts.search.maxent.valuemodel import ValueModel
@@ -38,6 +37,9 @@ class Source(Protocol):
     def learn(self, leaf: int) -> None:
         """A sequence was finished and scored."""
 
+    def on(self, fork: Search) -> Source:
+        """The same on a fork of the search."""
+
 
 class Earned:
     """A monotone reward says it at each token; the tree has it already."""
@@ -54,6 +56,9 @@ class Earned:
 
     def learn(self, leaf: int) -> None:
         pass
+
+    def on(self, fork: Search) -> Earned:
+        return Earned(fork)
 
 
 class Scored:
@@ -120,6 +125,11 @@ class Scored:
             self._skill.add([tree.promise[node] for node in path], [self._scores[node] for node in path], reward)
             self._model.observe([(tree.depth[node] / self._longest, self._scores[node]) for node in path], reward)
 
+    def on(self, fork: Search) -> Scored:
+        other = Scored(fork, self._model)
+        other._skill = self._skill
+        return other
+
 
 class Skill:
     """Whether predictions along the text are better than the mean of the rewards seen before."""
@@ -153,25 +163,49 @@ def source_for(search: Search, model: ValueModel | None) -> Source | None:
     return Scored(search, model) if model is not None else None
 
 
-def look_ahead(search: Search, source: Source | None, values: SoftValues, nodes: Sequence[int], tokens: int) -> None:
-    """Tell `values` what the `tokens` likeliest tokens of each of these evaluated nodes gain."""
-    if not tokens or source is None or not nodes:
-        return
-    p, candidates = search.probabilities(nodes).topk(min(tokens, search.lm.vocab_size), dim=-1)  # [B, tokens]
-    log_p, chosen = p.log().tolist(), candidates.tolist()
-    tries = [
-        [(token, log) for token, log in zip(*row, strict=True) if log > -700.0]
-        for row in zip(chosen, log_p, strict=True)
-    ]
-    pairs = [(node, token) for node, row in zip(nodes, tries, strict=True) for token, _ in row]
-    promises = iter(source.after([node for node, _ in pairs], [token for _, token in pairs]))
-    for node, row in zip(nodes, tries, strict=True):
-        after = list(itertools.islice(promises, len(row)))
-        before = source.before(node, [log for _, log in row], after)
-        gains = {
+class LookAhead:
+    """What the likeliest next tokens of a node gain, by a source; nothing without one."""
+
+    def __init__(self, search: Search, source: Source | None, tokens: int) -> None:
+        self._search, self._source, self._tokens = search, source, tokens
+
+    def on(self, fork: Search) -> LookAhead:
+        """The same on a fork of the search."""
+        return LookAhead(fork, self._source.on(fork) if self._source else None, self._tokens)
+
+    def value(self, nodes: Sequence[int]) -> None:
+        """Write what these new nodes promise into the tree."""
+        if self._source:
+            self._source.value(nodes)
+
+    def learn(self, leaf: int) -> None:
+        """A sequence was finished and scored."""
+        if self._source:
+            self._source.learn(leaf)
+
+    def gains(self, nodes: Sequence[int]) -> dict[int, dict[int, Gain]]:
+        """By evaluated node: its likeliest next tokens that gain or lose something."""
+        if not self._tokens or self._source is None or not nodes:
+            return {}
+        search, tokens = self._search, min(self._tokens, self._search.lm.vocab_size)
+        p, candidates = search.probabilities(nodes).topk(tokens, dim=-1)  # [B, tokens]
+        tries = [
+            [(token, log) for token, log in zip(*row, strict=True) if log > -700.0]
+            for row in zip(candidates.tolist(), p.log().tolist(), strict=True)
+        ]
+        pairs = [(node, token) for node, row in zip(nodes, tries, strict=True) for token, _ in row]
+        promises = iter(self._source.after([node for node, _ in pairs], [token for _, token in pairs]))
+        return {
+            node: found
+            for node, row in zip(nodes, tries, strict=True)
+            if (found := self._of_node(node, row, list(itertools.islice(promises, len(row)))))
+        }
+
+    def _of_node(self, node: int, row: Sequence[tuple[int, float]], after: Sequence[float]) -> dict[int, Gain]:
+        assert self._source
+        before = self._source.before(node, [log for _, log in row], after)
+        return {
             token: Gain(log, promise - before)
             for (token, log), promise in zip(row, after, strict=True)
             if abs(promise - before) > TOLERANCE
         }
-        if gains:
-            values.foresee(node, gains)

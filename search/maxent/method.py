@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from dts.errors import UsageError, shown
 from dts.search.maxent.branching import Brancher
 from dts.search.maxent.descent import Optimiser, Sampler
-from dts.search.maxent.lookahead import source_for
+from dts.search.maxent.lookahead import LookAhead, source_for
 from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_model
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
@@ -34,7 +34,8 @@ class MaxEnt:
     explore: share of rollouts that follow p instead of the values (but still finish nothing twice).
     widening: a node that n paths entered may have up to `n ** widening` children (progressive widening, Coulom 2007),
     and one more when all it has are finished, so that paths go deep where others went. 1 lets p alone decide. What is
-    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit.
+    not a child keeps its mass and its value all the same, and exploring rollouts ignore the limit. None: 0.5 for DTS,
+    0.7 for `DTS*`.
     sharpness: `DTS*` only, paths are led by the soft values at sharpness times lambda.
     bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
     confidence bonus of this weight, in units of the reward range seen so far.
@@ -54,7 +55,7 @@ class MaxEnt:
     reward_scale: float = 4.0
     search: str = "sample"
     explore: float | None = None
-    widening: float = 0.7
+    widening: float | None = None
     sharpness: float = 8.0
     bonus: float | None = None
     lookahead: int = 16
@@ -68,7 +69,8 @@ class MaxEnt:
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
         if self.explore is not None:
             check_real("explore", self.explore, lambda x: 0 <= x <= 1, "a share from 0 to 1")
-        check_real("widening", self.widening, lambda x: 0 < x <= 1, "an exponent above 0 and up to 1")
+        if self.widening is not None:
+            check_real("widening", self.widening, lambda x: 0 < x <= 1, "an exponent above 0 and up to 1, or None")
         check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
         if self.bonus is not None:
             check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
@@ -101,14 +103,19 @@ class MaxEnt:
         return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
-        explore, widening, lookahead = self.exploring(), self.widening, self.lookahead
-        source = source_for(search, self._value_model(search))
+        ahead = LookAhead(search, source_for(search, self._value_model(search)), self.lookahead)
+        explore, widening = self.exploring(), self._widening()
         if self.search == "sample":
-            return Sampler(search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead)
+            return Sampler(search, self.reward_scale, ahead, explore=explore, widening=widening)
         return Optimiser(
-            search, self.reward_scale, source, explore=explore, widening=widening, lookahead=lookahead,
+            search, self.reward_scale, ahead, explore=explore, widening=widening,
             sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search),
         )  # fmt: skip
+
+    def _widening(self) -> float:
+        if self.widening is not None:
+            return self.widening
+        return 0.5 if self.search == "sample" else 0.7
 
     def _value_model(self, search: Search) -> ValueModel | None:
         if self.values == "auto":

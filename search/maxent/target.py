@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dts.foresight import Foresight
 from dts.logspace import draw, logsumexp
 from dts.results import Completion, Estimate, LogZ
-from dts.search.paths import Path, advance
-from dts.search.sampling import Ancestral
+from dts.search.choice import Choice
+from dts.search.maxent.lookahead import LookAhead
+from dts.search.paths import Path, Plain, advance
 from dts.softvalue import SoftValues
 
 if TYPE_CHECKING:
     from dts.search.search import Search
 
 
-def tree_estimate(search: Search, values: SoftValues, log_z: LogZ | None) -> Estimate:
+def tree_estimate(search: Search, values: SoftValues, log_z: LogZ | None, ahead: LookAhead) -> Estimate:
     """The estimate of the target by the soft values on a tree, made to agree with each other first."""
     settled = values.settled()
     logs = settled.log_shares()
     total = logsumexp(list(logs.values()))
     shares = {leaf: math.exp(log - total) for leaf, log in logs.items()}
-    return Estimate(log_z, shares, functools.partial(_draw, search, settled), settled)
+    return Estimate(log_z, shares, functools.partial(_draw, search, settled, ahead), settled)
 
 
-def _draw(search: Search, values: SoftValues, k: int, seed: int) -> list[Completion]:
+def _draw(search: Search, values: SoftValues, ahead: LookAhead, k: int, seed: int) -> list[Completion]:
     """k independent draws. New tokens go into a fork of the search, one for each call, so the tree that the estimate is
     about stays as it is and equal seeds give equal draws."""
     paths = [_leave_tree(values, np.random.default_rng([seed, 1, index])) for index in range(k)]
     fork, known = search.fork(), values.tree
-    policy = Ancestral(fork, explored=len(known), log_mass=known.log_unexplored)
+    policy = Onward(fork, len(known), values.foresight.on(fork.tree), ahead.on(fork))
     waiting = [path for path in paths if not known.terminal[path.node]]
     active: list[Path] = []
     while waiting or active:
@@ -40,8 +43,34 @@ def _draw(search: Search, values: SoftValues, k: int, seed: int) -> list[Complet
             active.append(waiting.pop(0))
         active = advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended]))
         if active:
-            fork.evaluate(list(dict.fromkeys(path.node for path in active)))
+            nodes = list(dict.fromkeys(path.node for path in active))
+            fork.evaluate(nodes)
+            policy.arrived(nodes)
     return [fork.completion(path.node) for path in paths]
+
+
+class Onward(Plain):
+    """Independent draws from where the tree ends: p times exp(lambda gain), as far as a look-ahead sees gains."""
+
+    def __init__(self, fork: Search, explored: int, foresight: Foresight, ahead: LookAhead) -> None:
+        super().__init__(fork)
+        self._explored, self._foresight, self._ahead = explored, foresight, ahead
+
+    def arrived(self, nodes: Sequence[int]) -> None:
+        for node, gains in self._ahead.gains(nodes).items():
+            self._foresight.learn(node, gains)
+
+    def select(self, path: Path) -> int | Choice:
+        """A child that another draw has made, or a new one. Children from before are left: the draw is among others."""
+        tree, node, foresight = self.search.tree, path.node, self._foresight
+        children = [child for child in tree.children(node) if child >= self._explored]
+        logs = [tree.log_p[child] + foresight.log_factor(node, tree.token[child]) for child in children]
+        rest = tree.log_unexplored[node] + foresight.tilt(node).log_mean
+        return draw([*children, Choice.EXPAND], [*logs, rest], path.rng.random())
+
+    def expand(self, paths: Sequence[Path]) -> list[int]:
+        tilts = [self._foresight.tilt(path.node).by_token for path in paths]
+        return self.search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
 
 
 def _leave_tree(values: SoftValues, rng: np.random.Generator) -> Path:
