@@ -160,7 +160,9 @@ def test_a_finished_text_is_scored_once_and_without_its_stop():
     method = MaxEnt(12, values="online", lookahead=0)  # every text that is asked about is a node
     result = dts.decode(letters(), (1,), reward=reward, method=method, max_new_tokens=4, stop="7 ", seed=2)
     assert any(c.finished_by == "stop" for c in result.completions)
-    assert len(scored) == len(result.tree) - 1  # all nodes but the prompt
+    tree = result.tree
+    texts = {letters().decode(tree.tokens(node)) for node in range(1, len(tree)) if not tree.terminal[node]}
+    assert len(scored) == len(set(scored)) and set(scored) == texts | {c.text for c in result.completions}
     for leaf in result.tree.leaves():
         assert result.tree.promise[leaf] == result.tree.reward[leaf]
 

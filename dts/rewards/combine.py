@@ -61,6 +61,7 @@ class _Combined(Reward):
         self._join = join
         self.name = "combined"
         self.monotone = all(part.monotone for part in self._parts)
+        self.of_text = all(getattr(part, "of_text", False) for part in self._parts)
 
     def start(self, context: Context) -> State:
         return tuple(part.start(context) for part in self._parts)

@@ -61,7 +61,6 @@ class Scored:
     def __init__(self, search: Search, model: ValueModel) -> None:
         self._search, self._model = search, model
         self._scores: dict[int, float] = {}  # by node
-        self._tried: dict[tuple[int, int], float] = {}  # by node and token, of what a glance has asked already
 
     def value(self, nodes: Sequence[int]) -> None:
         tree = self._search.tree
@@ -69,20 +68,14 @@ class Scored:
         self._search.score(leaves)  # finished texts keep their reward, so nobody asks again
         for leaf in leaves:
             tree.promise[leaf] = tree.reward[leaf]
-        known = {
-            node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes if not tree.terminal[node]
-        }
-        asked = [node for node, score in known.items() if score is None]
-        known.update(zip(asked, self._search.rewards(asked), strict=True))
-        for node, score in known.items():
-            assert score is not None
+        unfinished = [node for node in nodes if not tree.terminal[node]]
+        for node, score in zip(unfinished, self._search.rewards(unfinished), strict=True):
             self._scores[node] = score
             tree.promise[node] = self._predict(tree.depth[node], score)
 
     def after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         search = self._search
         scores = search.scores_after(nodes, tokens)
-        self._tried.update(zip(zip(nodes, tokens, strict=True), scores, strict=True))
         return [
             score if token in search.lm.eos_ids else self._predict(search.tree.depth[node] + 1, score)
             for node, token, score in zip(nodes, tokens, scores, strict=True)
