@@ -91,6 +91,7 @@ class Result:
     method: str
     partial: bool = False  # the budget ended the search with paths still under way
     estimate: Estimate | None = None  # of the target distribution, where the method has one
+    cut: tuple[int, ...] = ()  # nodes of the tree at which a path was given up (`EarlyEnd`), one for each such path
 
     @property
     def best(self) -> Completion:

@@ -32,4 +32,7 @@ def conclude(search: Search, outcome: Outcome, name: str) -> Result:
     search.usage.seconds = search.seconds
     completions = [search.completion(leaf) for leaf in outcome.ranked]
     search.end()
-    return Result(completions, search.rollouts, search.usage, search.tree, name, outcome.cut_short, outcome.estimate)
+    return Result(
+        completions, search.rollouts, search.usage, search.tree, name, outcome.cut_short, outcome.estimate,
+        tuple(outcome.cut),
+    )  # fmt: skip

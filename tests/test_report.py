@@ -135,7 +135,8 @@ def cell(model: str, method: str, samples: Sequence[Any]) -> Any:
             "samples": len(own), "final/avg_best_reward": sum(own) / len(own),
             "best_reward_interval": [min(own), max(own)],
             "final/avg_monotonicity": 1.0, "independent_monotonicity": 0.5, "final/avg_time_per_sample": 3.0,
-            "forwarded_tokens": 30.0, "reward_calls": 3.0, "reward_seconds": 0.5, "below_root": 2 / 3, "metrics": {"accuracy": 0.5}}  # fmt: skip
+            "forwarded_tokens": 30.0, "reward_calls": 3.0, "reward_seconds": 0.5,
+            "below_root": 2 / 3, "metrics": {"accuracy": 0.5}}  # fmt: skip
 
 
 def evil_tree() -> dict[str, Any]:
