@@ -14,7 +14,7 @@ from typing import Any
 from dts.lm import Batch, LanguageModel, Session
 from dts.results import Result, Usage
 from dts.search.method import Method, Run
-from dts.search.run import asked, conclude
+from dts.search.run import conclude, next_nodes
 from dts.search.search import Search
 from dts.settings import Budget
 
@@ -40,7 +40,7 @@ class Many:
         self._batch, self._method, self._total = batch, method, total or Budget()
         self._opening: dict[int, tuple[Callable[[Session], Search], int]] = {}  # by key, with prompt tokens
         self._under_way: dict[int, _Lane] = {}
-        self._ended, self._rollouts = Usage(), 0  # of ended searches
+        self._past, self._rollouts = Usage(), 0  # of ended searches
         self._started = time.perf_counter()
         self.spent = False  # whether the total budget is used up
 
@@ -61,21 +61,21 @@ class Many:
     def step(self) -> list[Ended]:
         """Send new prompts as far as they go, ask every search, and forward what they ask for. Returns what ended."""
         ended = self._open()
-        waiting = []
+        asked = []
         for key, lane in list(self._under_way.items()):
             try:
-                nodes = asked(lane.search, lane.run)
+                nodes = next_nodes(lane.search, lane.run)
                 if nodes is None:
                     ended.append((key, self._conclude(key)))
                 else:
-                    waiting.append((lane.search, nodes))
+                    asked.append((lane.search, nodes))
             except Exception as error:
                 ended.append((key, self._drop(key, error)))
-        if self._exceeded(sum(len(nodes) for _, nodes in waiting)):
+        if self._exceeded(sum(len(nodes) for _, nodes in asked)):
             return ended + self.stop()
-        if waiting:
-            slots = self._batch.extend([(search.session, *search.edges(nodes)) for search, nodes in waiting])
-            for (search, nodes), new in zip(waiting, slots, strict=True):
+        if asked:
+            slots = self._batch.extend([(search.session, *search.edges(nodes)) for search, nodes in asked])
+            for (search, nodes), new in zip(asked, slots, strict=True):
                 search.place(nodes, new)
         return ended
 
@@ -98,7 +98,7 @@ class Many:
 
     def _usage(self) -> Usage:
         """What all searches so far have cost, as far as it can be limited."""
-        return _sum([self._ended, *(lane.search.usage for lane in self._under_way.values())])
+        return _sum([self._past, *(lane.search.usage for lane in self._under_way.values())])
 
     # -- one prompt ------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Many:
         self._opening.pop(key, None)
         lane = self._under_way.pop(key, None)
         if lane is not None:
-            self._ended = _sum([self._ended, lane.search.usage])
+            self._past = _sum([self._past, lane.search.usage])
             self._rollouts += len(lane.search.rollouts)
         self._batch.close(key)
 

@@ -13,12 +13,12 @@ from dts.search.search import Search
 def run(search: Search, method: Method) -> Result:
     """One search from its start to its result."""
     under_way = method.start(search)
-    while (nodes := asked(search, under_way)) is not None:
+    while (nodes := next_nodes(search, under_way)) is not None:
         search.evaluate(nodes)
     return conclude(search, under_way.outcome(), method.name)
 
 
-def asked(search: Search, run: Run) -> Sequence[int] | None:
+def next_nodes(search: Search, run: Run) -> Sequence[int] | None:
     """The nodes that the run asks for; None where it is over or a budget ends it."""
     try:
         nodes = run.ask()

@@ -110,12 +110,12 @@ class _Meter:
         self._usage.reward_tokens += self._forwarded() - self._tokens
 
     def _forwarded(self) -> int:
-        return sum(one.forwarded_tokens for one in self._counters) if self._counters else 0
+        return sum(one.tokens for one in self._counters) if self._counters else 0
 
 
 def _with_models(reward: Any) -> Iterator[Any]:
     """The rewards and functions that count what their model forwards, a reward before its parts."""
-    if isinstance(getattr(reward, "forwarded_tokens", None), int):
+    if isinstance(getattr(reward, "tokens", None), int):
         yield reward
         return
     parts = getattr(reward, "parts", ())

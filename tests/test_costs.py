@@ -38,11 +38,11 @@ class OfIds(dts.Reward):
     name = "of-ids"
 
     def __init__(self):
-        self.asked, self.forwarded_tokens = [], 0
+        self.asked, self.tokens = [], 0
 
     def finish(self, states, finished):
         self.asked += [done.token_ids for done in finished]
-        self.forwarded_tokens += sum(len(done.token_ids) for done in finished)
+        self.tokens += sum(len(done.token_ids) for done in finished)
         return [float(sum(done.token_ids)) for done in finished]
 
 
@@ -115,17 +115,17 @@ def test_no_reward_costs_nothing():
 ])  # fmt: skip
 def test_the_tokens_of_a_rewards_model_are_counted_inside_other_rewards_too(wrap):
     of_ids = OfIds()
-    of_ids.forwarded_tokens = 1000  # of earlier searches
+    of_ids.tokens = 1000  # of earlier searches
     result = decode(BestOfN(20), wrap(of_ids))
-    assert result.usage.reward_tokens == of_ids.forwarded_tokens - 1000 == sum(map(len, of_ids.asked)) > 0
+    assert result.usage.reward_tokens == of_ids.tokens - 1000 == sum(map(len, of_ids.asked)) > 0
 
 
 def test_a_function_may_count_its_models_tokens():
     def reward(text: str) -> float:
-        reward.forwarded_tokens += len(text.split())
+        reward.tokens += len(text.split())
         return 0.0
 
-    reward.forwarded_tokens = 0
+    reward.tokens = 0
     result = decode(BestOfN(20), reward)
     assert result.usage.reward_tokens == sum(len(text.split()) for text in {r.text for r in result.rollouts}) > 0
 

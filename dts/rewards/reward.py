@@ -39,8 +39,8 @@ class Reward:
     never falls along a path and never exceeds the final reward. An object that has `name`, `monotone` and all methods
     but `promise` is accepted without subclassing, too.
 
-    A reward (or a function) that runs a model may count in an attribute `forwarded_tokens`, a whole number, the token
-    positions that have entered the model so far; a search adds what it grows by to `usage.reward_tokens`.
+    A reward (or a function) that runs a model may count in an attribute `tokens`, a whole number, the token positions
+    that have entered the model so far; a search adds what it grows by to `usage.reward_tokens`.
     """
 
     name: str
