@@ -45,11 +45,10 @@ class Search:
         self.rollouts: list[Rollout] = []
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
-        self._scoring = Scoring(reward, self.usage)
+        self._scoring, self._started = Scoring(reward, self.usage), time.perf_counter()
         self._states: list[State] = [self._scoring.start(context)]  # reward state by node
         self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
-        self._started = time.perf_counter()
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
         self.tree.slot[ROOT] = PROMPT_SLOT

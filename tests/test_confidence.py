@@ -36,6 +36,11 @@ def test_the_bottom_is_a_tenth_of_the_groups():
     assert dts.Confidence("bottom", 1)(log_probs[:10]) == -9.0  # 1 of 10
 
 
+def test_what_is_not_said_is_the_lowest_of_sixteen_tokens():
+    confidence = dts.Confidence()
+    assert (confidence.name, confidence.window) == ("confidence-lowest", 16) and EarlyEnd() == EarlyEnd(16, 0.9, 16)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"group": "highest"}, "group='highest' is not known; give 'lowest'"), ({"window": 0}, "window=0 is not allowed"),
     ({"window": True}, "window=True"), ({"window": 2.0}, "window=2.0"),
@@ -56,7 +61,7 @@ LM = TableModel(random_logits(5, seed=3), 5, eos=0)
 def test_a_search_for_confidence_is_given_the_log_probabilities(method, group):
     reward = dts.Confidence(group, window=2)
     result = dts.decode(LM, (1, 2), method=method, reward=reward, max_new_tokens=4, stop="3 3 ", temperature=0.7)
-    assert len(result.completions) > 5
+    assert len(result.completions) > 5 and set(result.tree.upper) == {0.0}
     for completion in result.completions:
         assert completion.reward == reward(completion.token_logprobs) <= 0
         assert math.fsum(completion.token_logprobs) == pytest.approx(completion.logprob)

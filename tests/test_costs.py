@@ -164,7 +164,7 @@ def test_seconds_are_those_inside_the_reward(clock):
     result = decode(Greedy(), Slow(), logits_processor=slow_model)
     length = result.rollouts[0].length
     assert result.usage.reward_seconds == 1000.0 + 100.0 * length + 1.0
-    assert result.usage.seconds == 100.0 * length + 1.0 + 7.0 * length  # from the state of the empty text on
+    assert result.usage.seconds == result.usage.reward_seconds + 7.0 * length
 
 
 # Budgets ------------------------------------------------------------------------------------------------------------
