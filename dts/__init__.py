@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from dts.generation import generate
     from dts.many import decode_many
     from dts.models.huggingface import load
-    from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
+    from dts.rewards import (
+        CheckMonotone,
+        Confidence,
+        Context,
+        Finished,
+        Reward,
+        as_reward,
+        clip,
+        gate,
+        minimum,
+        weighted_sum,
+    )
     from dts.settings import Budget
     from dts.timeout import with_timeout
 
@@ -36,7 +47,18 @@ _HOMES = {
     "Budget": "dts.settings",
     **dict.fromkeys(["DTSError", "ModelError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
     **dict.fromkeys(
-        ["CheckMonotone", "Context", "Finished", "Reward", "as_reward", "clip", "gate", "minimum", "weighted_sum"],
+        [
+            "CheckMonotone",
+            "Confidence",
+            "Context",
+            "Finished",
+            "Reward",
+            "as_reward",
+            "clip",
+            "gate",
+            "minimum",
+            "weighted_sum",
+        ],
         "dts.rewards",
     ),
     "with_timeout": "dts.timeout",
@@ -45,6 +67,7 @@ _HOMES = {
 __all__ = [
     "Budget",
     "CheckMonotone",
+    "Confidence",
     "Context",
     "DTSError",
     "Finished",

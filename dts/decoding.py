@@ -11,7 +11,7 @@ from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import LanguageModel
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
-from dts.rewards import Context, Finished, Prompt, Reward, TerminalReward, as_reward
+from dts.rewards import NO_REWARD, Context, Prompt, Reward, as_reward
 from dts.settings import Budget, Decoding, as_stops, check_callable, check_whole
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def check_arguments(
         check_whole("max_kv_bytes", max_kv_bytes, 1, 2**63, allowed="a whole number of bytes >= 1 or None")
     if budget is not None and not isinstance(budget, Budget):
         raise UsageError(
-            f"budget={shown(budget)} is not allowed; give dts.Budget(rollouts=, tokens=, seconds=) or None"
+            f"budget={shown(budget)} is not allowed; give dts.Budget(tokens=, seconds=, reward_calls=, ...) or None"
         )
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
@@ -110,7 +110,7 @@ def check_arguments(
 
 def as_scorer(reward: Reward | Callable[..., Any] | None) -> Reward:
     """A reward object; for None one that gives 0 to everything."""
-    return as_reward(reward) if reward is not None else TerminalReward(_nothing, "none")
+    return as_reward(reward) if reward is not None else NO_REWARD
 
 
 def encoded(lm: LanguageModel, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None) -> list[int]:
@@ -130,10 +130,6 @@ def check_prompt(lm: LanguageModel, prompt_ids: Sequence[int], max_new_tokens: i
             f"prompt of {len(prompt_ids)} tokens plus max_new_tokens={max_new_tokens} exceeds the context of "
             f"{lm.name} ({limit} tokens); shorten the prompt or lower max_new_tokens"
         )
-
-
-def _nothing(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
-    return [0.0] * len(finished)
 
 
 def tightest(own: Budget, given: Budget | None) -> Budget:

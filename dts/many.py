@@ -112,7 +112,8 @@ def _check_choices(prompts: Any, errors: Any, total_budget: Any) -> None:
         raise UsageError(f"errors={shown(errors)} is not allowed; give 'raise' or 'return'")
     if total_budget is not None and not isinstance(total_budget, Budget):
         raise UsageError(
-            f"total_budget={shown(total_budget)} is not allowed; give dts.Budget(rollouts=, tokens=, seconds=) or None"
+            f"total_budget={shown(total_budget)} is not allowed; "
+            "give dts.Budget(tokens=, seconds=, reward_calls=, ...) or None"
         )
 
 

@@ -52,6 +52,9 @@ class Usage:
     seconds: float = 0.0
     kv_tokens: int = 0  # peak token positions in use after the prompt, in lanes and archive
     kv_bytes: int = 0  # peak bytes held for keys, values and hidden states, unused capacity included
+    reward_calls: int = 0  # texts that the reward scored, finished or not; a text that it had scored before is none
+    reward_tokens: int = 0  # token positions that entered the models of the reward (see `dts.Reward`)
+    reward_seconds: float = 0.0  # in the reward, all its methods together
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -88,6 +91,7 @@ class Result:
     method: str
     partial: bool = False  # the budget ended the search with paths still under way
     estimate: Estimate | None = None  # of the target distribution, where the method has one
+    cut: tuple[int, ...] = ()  # nodes of the tree at which a path was given up (`EarlyEnd`), one for each such path
 
     @property
     def best(self) -> Completion:

@@ -7,12 +7,15 @@ import numbers
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dts.errors import UsageError, shown
 from dts.processors import check_processor
+
+if TYPE_CHECKING:
+    from dts.results import Usage
 
 TINY = 1e-200
 LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
@@ -147,11 +150,33 @@ class Budget:
     rollouts: int | None = None  # finished paths
     tokens: int | None = None  # forwarded tokens, prompt included
     seconds: float | None = None  # wall clock
+    reward_calls: int | None = None  # texts that the reward scores; never exceeded
+    reward_tokens: int | None = None  # of the reward's models; exceeded by one batch of texts at most
+    reward_seconds: float | None = None  # in the reward; exceeded by one batch of texts at most
 
     def __post_init__(self) -> None:
-        for option in ("rollouts", "tokens"):
+        for option in ("rollouts", "tokens", "reward_calls", "reward_tokens"):
             value = getattr(self, option)
             if value is not None:
                 check_whole(option, value, 1, 2**63, allowed="a whole number >= 1 or None")
-        if self.seconds is not None:
-            check_number("seconds", self.seconds, 0, math.inf, allowed="a number > 0 or None")
+        for option in ("seconds", "reward_seconds"):
+            value = getattr(self, option)
+            if value is not None:
+                check_number(option, value, 0, math.inf, allowed="a number > 0 or None")
+
+    def spent(self, usage: Usage, rollouts: int, seconds: float, next_tokens: int = 0) -> bool:
+        """Whether a limit is used up, or would be exceeded by forwarding `next_tokens` more."""
+        return (
+            (self.rollouts is not None and rollouts >= self.rollouts)
+            or (self.tokens is not None and usage.forwarded_tokens + next_tokens > self.tokens)
+            or (self.seconds is not None and seconds >= self.seconds)
+            or self.reward_calls_left(usage) <= 0
+        )
+
+    def reward_calls_left(self, usage: Usage) -> float:
+        """How many more texts the reward may score; infinite without a limit."""
+        if (self.reward_tokens is not None and usage.reward_tokens >= self.reward_tokens) or (
+            self.reward_seconds is not None and usage.reward_seconds >= self.reward_seconds
+        ):
+            return 0
+        return math.inf if self.reward_calls is None else self.reward_calls - usage.reward_calls

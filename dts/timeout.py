@@ -29,6 +29,7 @@ class _Timed(Reward):
     def __init__(self, reward: Reward, seconds: float) -> None:
         self.name, self.monotone, self.parts = reward.name, reward.monotone, (reward,)
         self.partial = getattr(reward, "partial", True)
+        self.of_text = bool(getattr(reward, "of_text", False))
         self._inner, self._seconds = reward, seconds
 
     def start(self, context: Context) -> State:

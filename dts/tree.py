@@ -94,9 +94,13 @@ class Tree:
         """The completion's token ids up to and including `node`."""
         return tuple(self.token[n] for n in self.path(node))
 
+    def log_probs(self, node: int) -> tuple[float, ...]:
+        """log p of each token up to and including `node`, nats."""
+        return tuple(self.log_p[n] for n in self.path(node))
+
     def log_prob(self, node: int) -> float:
         """log p(tokens up to `node` | prompt), nats."""
-        return math.fsum(self.log_p[n] for n in self.path(node))
+        return math.fsum(self.log_probs(node))
 
     def leaves(self) -> list[int]:
         """Complete, scored sequences in the order they were added."""

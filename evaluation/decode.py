@@ -141,7 +141,8 @@ def as_json(result: Result) -> dict[str, Any]:
 def as_text(result: Result) -> str:
     """The best text, its reward, and what the search cost."""
     usage = result.usage
+    judged = f", of it {usage.reward_seconds:.1f} s for {usage.reward_calls} rewards" if usage.reward_calls else ""
     return (
         f"{result.best.text}\n\nreward {result.best.reward:g}\n{result.method}: {len(result.rollouts)} rollouts, "
-        f"{usage.generated_tokens} tokens generated, {usage.forwarded_tokens} forwarded, {usage.seconds:.1f} s"
+        f"{usage.generated_tokens} tokens generated, {usage.forwarded_tokens} forwarded, {usage.seconds:.1f} s{judged}"
     )

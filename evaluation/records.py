@@ -71,7 +71,7 @@ class RolloutRecord(Head):
 
 
 class Costs(TypedDict):
-    """What a search forwarded; see `dts.results.Usage`."""
+    """What a search and its reward cost; see `dts.results.Usage`."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -82,6 +82,9 @@ class Costs(TypedDict):
     model_calls: int
     kv_tokens: int
     kv_bytes: int
+    reward_calls: int
+    reward_tokens: int
+    reward_seconds: float
 
 
 class SampleRecord(Head, Costs):
@@ -118,6 +121,9 @@ class Cell(Mark, total=False):
     forwarded_tokens: float | None
     unique_tokens: float | None
     generated_tokens: float | None
+    reward_calls: float | None
+    reward_tokens: float | None
+    reward_seconds: float | None
     nodes: float | None
     below_root: float | None
     total_time: float  # seconds

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from dts.search.beam import Beam
 from dts.search.consensus import SelfConsistency
+from dts.search.earlyend import EarlyEnd
 from dts.search.maxent import MaxEnt
 from dts.search.maxent.valuemodel import OnlineValues, ValueModel
 from dts.search.mcts import MCTS
@@ -28,6 +29,7 @@ METHODS: dict[str, Callable[[int, float], Method]] = {
     "entropic-particle-filter": lambda rollouts, scale: ParticleFilter(rollouts, reward_scale=scale, entropic=True),
     "self-consistency": lambda rollouts, scale: SelfConsistency(rollouts),
     "weighted-best-of-n": lambda rollouts, scale: SelfConsistency(rollouts, weighted=True),
+    "confidence-vote": lambda rollouts, scale: SelfConsistency(rollouts, confidence="lowest"),
 }
 """Names of the command line: from number of rollouts and reward scale to a method."""
 
@@ -37,6 +39,7 @@ __all__ = [
     "Beam",
     "BestOfN",
     "Budget",
+    "EarlyEnd",
     "GeneratorRun",
     "Greedy",
     "MaxEnt",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dts.lm import Batch, LanguageModel, Session
-from dts.results import Result
+from dts.results import Result, Usage
 from dts.search.method import Method, Run
-from dts.search.run import conclude
+from dts.search.run import conclude, next_nodes
 from dts.search.search import Search
 from dts.settings import Budget
 
 PROMPT_TOKENS = 512  # of new prompts between two steps of the searches under way
+LIMITED = ("forwarded_tokens", "reward_calls", "reward_tokens", "reward_seconds")  # fields of `Usage` with a budget
 
 Ended = tuple[int, Result | Exception]  # a prompt's key and what became of it
 
@@ -39,7 +40,7 @@ class Many:
         self._batch, self._method, self._total = batch, method, total or Budget()
         self._opening: dict[int, tuple[Callable[[Session], Search], int]] = {}  # by key, with prompt tokens
         self._under_way: dict[int, _Lane] = {}
-        self._tokens = self._rollouts = 0  # of ended searches
+        self._past, self._rollouts = Usage(), 0  # of ended searches
         self._started = time.perf_counter()
         self.spent = False  # whether the total budget is used up
 
@@ -63,8 +64,8 @@ class Many:
         asked = []
         for key, lane in list(self._under_way.items()):
             try:
-                nodes = lane.run.ask()
-                if nodes is None or lane.search.exhausted(next_tokens=len(nodes)):
+                nodes = next_nodes(lane.search, lane.run)
+                if nodes is None:
                     ended.append((key, self._conclude(key)))
                 else:
                     asked.append((lane.search, nodes))
@@ -93,7 +94,11 @@ class Many:
     @property
     def tokens(self) -> int:
         """Forwarded by all searches so far."""
-        return self._tokens + sum(lane.search.usage.forwarded_tokens for lane in self._under_way.values())
+        return self._usage().forwarded_tokens
+
+    def _usage(self) -> Usage:
+        """What all searches so far have cost, as far as it can be limited."""
+        return _sum([self._past, *(lane.search.usage for lane in self._under_way.values())])
 
     # -- one prompt ------------------------------------------------------------------------------------------------
 
@@ -128,20 +133,20 @@ class Many:
         self._opening.pop(key, None)
         lane = self._under_way.pop(key, None)
         if lane is not None:
-            self._tokens += lane.search.usage.forwarded_tokens
+            self._past = _sum([self._past, lane.search.usage])
             self._rollouts += len(lane.search.rollouts)
         self._batch.close(key)
 
     def _exceeded(self, next_tokens: int) -> bool:
         """Whether the total budget is used up, or would be exceeded by forwarding so many more."""
-        total = self._total
         rollouts = self._rollouts + sum(len(lane.search.rollouts) for lane in self._under_way.values())
         opening = sum(tokens for _, tokens in self._opening.values())
-        return (
-            (total.rollouts is not None and rollouts >= total.rollouts)
-            or (total.tokens is not None and self.tokens + opening + next_tokens > total.tokens)
-            or (total.seconds is not None and time.perf_counter() - self._started >= total.seconds)
-        )
+        seconds = time.perf_counter() - self._started
+        return self._total.spent(self._usage(), rollouts, seconds, opening + next_tokens)
+
+
+def _sum(usages: Sequence[Usage]) -> Usage:
+    return Usage(**{name: sum(getattr(usage, name) for usage in usages) for name in LIMITED})
 
 
 class OneByOne:

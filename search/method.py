@@ -20,6 +20,7 @@ class Outcome:
     ranked: list[int]  # scored leaves, best first
     cut_short: bool  # a budget ended it with paths still under way
     estimate: Estimate | None = None  # of the target distribution, where the method has one
+    cut: Sequence[int] = ()  # nodes at which paths were given up (`EarlyEnd`)
 
 
 class Run(Protocol):
@@ -58,7 +59,8 @@ class GeneratorRun:
     """A run whose steps are a generator, which is resumed when the nodes it yielded are evaluated.
 
     rank: scored leaves, best first; without it by reward, the likeliest of equals first. estimate: the method's
-    estimate of the target distribution, made anew each time the outcome is asked for.
+    estimate of the target distribution, made anew each time the outcome is asked for. cut: nodes at which paths were
+    given up, in a list that grows.
     """
 
     def __init__(
@@ -68,8 +70,9 @@ class GeneratorRun:
         *,
         rank: Callable[[], list[int]] | None = None,
         estimate: Callable[[], Estimate | None] | None = None,
+        cut: Sequence[int] = (),
     ) -> None:
-        self._search, self._steps, self._rank, self._estimate = search, steps, rank, estimate
+        self._search, self._steps, self._rank, self._estimate, self._cut = search, steps, rank, estimate, cut
         self._cut_short = True  # until the generator ends by itself and says otherwise
 
     def ask(self) -> Sequence[int] | None:
@@ -81,7 +84,7 @@ class GeneratorRun:
 
     def outcome(self) -> Outcome:
         ranked = self._rank() if self._rank else by_reward(self._search)
-        return Outcome(ranked, self._cut_short, self._estimate() if self._estimate else None)
+        return Outcome(ranked, self._cut_short, self._estimate() if self._estimate else None, tuple(self._cut))
 
 
 def by_reward(search: Search) -> list[int]:

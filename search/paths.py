@@ -90,9 +90,12 @@ def rollouts(search: Search, policy: Policy) -> Steps:
     def end(ended: list[Path]) -> None:
         finished = [path for path in ended if search.tree.terminal[path.node]]
         pruned.extend(path for path in ended if not search.tree.terminal[path.node])
-        search.record([path.node for path in finished], [_left_tree_at(search, path) for path in finished])
-        for path in finished:
-            policy.learn(path)
+        recorded = len(search.rollouts)
+        try:
+            search.record([path.node for path in finished], [_left_tree_at(search, path) for path in finished])
+        finally:  # a budget may allow the reward to score some of them
+            for path in finished[: len(search.rollouts) - recorded]:
+                policy.learn(path)
 
     policy.arrived([ROOT])
     while True:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
+from dts.errors import UsageError, shown
 from dts.search.choice import Choice
+from dts.search.earlyend import Confident, EarlyEnd
 from dts.search.method import GeneratorRun, Run
-from dts.search.paths import Path, Plain, rollouts
+from dts.search.paths import Path, Plain, Policy, rollouts
 from dts.settings import Budget, check_whole
 
 if TYPE_CHECKING:
@@ -50,14 +52,34 @@ def check_size(option: str, value: int) -> None:
     check_whole(option, value, 1, allowed="a whole number >= 1")
 
 
+def check_early_end(early_end: EarlyEnd | None) -> None:
+    if early_end is not None and not isinstance(early_end, EarlyEnd):
+        raise UsageError(f"early_end={shown(early_end)} is not allowed; give dts.search.EarlyEnd() or None")
+
+
+def drawn(search: Search, early_end: EarlyEnd | None, rank: Callable[[], list[int]] | None = None) -> Run:
+    """A run of independent samples, some of which may end early."""
+    policy: Policy = Ancestral(search)
+    cut: list[int] = []
+    if early_end is not None:
+        policy = Confident(search, policy, early_end, cut)
+    return GeneratorRun(search, rollouts(search, policy), rank=rank, cut=cut)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """n independent samples from p. Samples that agree on a prefix share its forward passes."""
+    """n independent samples from p. Samples that agree on a prefix share its forward passes.
+
+    early_end: samples that the model is unsure of end early; they count among the n, and are no completions.
+    """
 
     n: int
+    _: KW_ONLY
+    early_end: EarlyEnd | None = None
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
+        check_early_end(self.early_end)
 
     @property
     def name(self) -> str:
@@ -70,7 +92,7 @@ class Sampling:
         return Budget(rollouts=self.n)
 
     def start(self, search: Search) -> Run:
-        return GeneratorRun(search, rollouts(search, Ancestral(search)))
+        return drawn(search, self.early_end)
 
 
 @dataclass(frozen=True, slots=True)

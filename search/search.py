@@ -18,7 +18,8 @@ from dts.errors import ModelError, RewardError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.processors import Processors
 from dts.results import Completion, Rollout
-from dts.rewards import Context, Finished, Reward, State, checked_finish, promised
+from dts.rewards import Context, Finished, Reward, State
+from dts.search.scoring import BudgetSpent, Scoring
 from dts.settings import Budget, Decoding
 from dts.stops import Stops, special_tokens
 from dts.tree import NONE, ROOT, Tree
@@ -44,15 +45,14 @@ class Search:
         self.rollouts: list[Rollout] = []
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
-        self._states: list[State] = [reward.start(context)]  # reward state by node
+        self._scoring, self._started = Scoring(reward, self.usage), time.perf_counter()
+        self._states: list[State] = [self._scoring.start(context)]  # reward state by node
         self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
-        self._started = time.perf_counter()
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
         self.tree.slot[ROOT] = PROMPT_SLOT
-        self.tree.earned[ROOT], self.tree.upper[ROOT] = reward.earned(self._states)[0], reward.upper(self._states)[0]
-        self.tree.promise[ROOT] = promised(reward, self._states)[0]
+        self._bound([ROOT], self._states)
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -76,6 +76,11 @@ class Search:
         """Let go of what is kept between two forward calls."""
         self._rows.clear()
         self._ahead.clear()
+
+    def end(self) -> None:
+        """Let go of what only a search under way needs."""
+        self.forget()
+        self._scoring.forget()
 
     def evaluated(self, node: int) -> bool:
         """Whether the next-token distribution of `node` is at hand."""
@@ -118,12 +123,12 @@ class Search:
         pairs = list(zip(nodes, tokens, strict=True))
         states = self._states_after(pairs)
         self._ahead.update(zip(pairs, states, strict=True))
-        return promised(self.reward, states)
+        return self._scoring.promise(states)
 
     def _states_after(self, pairs: Sequence[tuple[int, int]]) -> list[State]:
         """The reward's states after these (node, token) pairs."""
         missing = [pair for pair in pairs if pair not in self._ahead]
-        new = self.reward.extend([self._states[node] for node, _ in missing], [token for _, token in missing])
+        new = self._scoring.extend([self._states[node] for node, _ in missing], [token for _, token in missing])
         found = dict(zip(missing, new, strict=True))
         return [found[pair] if pair in found else self._ahead[pair] for pair in pairs]
 
@@ -199,16 +204,20 @@ class Search:
         children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
         states = self._states_after(list(new))
         self._states.extend(states)
-        promises = promised(self.reward, states)
-        bounds = zip(children, self.reward.earned(states), self.reward.upper(states), promises, strict=True)
-        for child, earned, upper, promise in bounds:
-            tree.earned[child], tree.upper[child], tree.promise[child] = earned, upper, promise
+        self._bound(children, states)
+        for child in children:
             reason = self._complete(child)
             if reason:
                 tree.terminal[child] = 1
                 self._finished_by[child] = reason
         self.usage.generated_tokens += len(children)
         return children
+
+    def _bound(self, nodes: Sequence[int], states: Sequence[State]) -> None:
+        """Write what the reward says of these nodes into the tree."""
+        tree = self.tree
+        for node, earned, upper, promise in zip(nodes, *self._scoring.bounds(states), strict=True):
+            tree.earned[node], tree.upper[node], tree.promise[node] = earned, upper, promise
 
     def _complete(self, node: int) -> str | None:
         tree, decoding = self.tree, self.decoding
@@ -221,22 +230,32 @@ class Search:
     # -- finished sequences ----------------------------------------------------------------------------------------
 
     def record(self, leaves: Sequence[int], start_depths: Sequence[int]) -> None:
-        """Score complete sequences and record one rollout each."""
-        self.score(leaves)
-        for leaf, start_depth in zip(leaves, start_depths, strict=True):
+        """Score complete sequences and record one rollout each. Raises `BudgetSpent` after those that the budget lets
+        the reward score, from the first on."""
+        scored = self._score_first(leaves)
+        for leaf, start_depth in list(zip(leaves, start_depths, strict=True))[:scored]:
             self._record(leaf, start_depth)
+        if scored < len(leaves):
+            raise BudgetSpent
 
     def score(self, leaves: Sequence[int]) -> None:
-        """Reward complete sequences. A leaf reached again keeps its reward."""
-        tree = self.tree
+        """Reward complete sequences. A leaf reached again keeps its reward. Raises `BudgetSpent` as `record` does."""
+        if self._score_first(leaves) < len(leaves):
+            raise BudgetSpent
+
+    def _score_first(self, leaves: Sequence[int]) -> int:
+        """Reward the first of these leaves, as many as the budget allows; returns how many."""
+        tree, calls = self.tree, self.budget.reward_calls_left(self.usage)
         new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
-        for leaf, reward in zip(new, self.rewards(new), strict=True):
+        allowed = len(new) if calls == math.inf else self._scoring.within([self.finished(leaf) for leaf in new], calls)
+        for leaf, reward in zip(new[:allowed], self.rewards(new[:allowed]), strict=True):
             tree.reward[leaf] = reward
+        return len(leaves) if allowed == len(new) else list(leaves).index(new[allowed])
 
     def rewards(self, nodes: Sequence[int]) -> list[float]:
-        """The reward of each of these prefixes if its sequence ended there."""
-        done = [self.finished(node) for node in nodes]
-        return checked_finish(self.reward, [self._states[node] for node in nodes], done) if nodes else []
+        """The reward of each of these prefixes if its sequence ended there. Raises `BudgetSpent` where the budget does
+        not allow all of them."""
+        return self._scored([self._states[node] for node in nodes], [self.finished(node) for node in nodes])
 
     def scores_so_far(self, nodes: Sequence[int]) -> list[float]:
         """The same of unfinished texts: nan where the reward fails on one, as some do on half a text."""
@@ -247,22 +266,37 @@ class Search:
         pairs = list(zip(nodes, tokens, strict=True))
         states = self._states_after(pairs)
         self._ahead.update(zip(pairs, states, strict=True))
-        return self._so_far(states, [self._text([*self.tree.tokens(node), token]) for node, token in pairs])
+        return self._so_far(states, self._finished_after(pairs))
 
     def _so_far(self, states: Sequence[State], texts: Sequence[Finished]) -> list[float]:
-        if not texts:
-            return []
         try:
-            return checked_finish(self.reward, states, texts)
+            return self._scored(states, texts)
         except RewardError:
             if len(texts) == 1:
                 return [math.nan]
             one_by_one = zip(states, texts, strict=True)
             return [score for state, text in one_by_one for score in self._so_far([state], [text])]
 
-    def _text(self, ids: Sequence[int]) -> Finished:
-        """A sequence that is not in the tree, as if it ended there."""
-        return Finished(tuple(ids), self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids))
+    def _scored(self, states: Sequence[State], done: Sequence[Finished]) -> list[float]:
+        return self._scoring.finish(states, done, self.budget.reward_calls_left(self.usage))
+
+    def _finished_after(self, pairs: Sequence[tuple[int, int]]) -> list[Finished]:
+        """Prefixes with one more token each that need not be in the tree, as if they ended there."""
+        log_p: dict[tuple[int, int], tuple[float, ...]] = {}
+        if self._scoring.needs_log_probs:
+            tried: dict[int, list[int]] = {}
+            for node, token in pairs:
+                tried.setdefault(node, []).append(token)
+            for (node, tokens), row in zip(tried.items(), self.probabilities(list(tried)), strict=True):
+                before = self.tree.log_probs(node)
+                for token, log in zip(tokens, row[tokens].log().tolist(), strict=True):
+                    log_p[node, token] = (*before, log)
+        ids = [(*self.tree.tokens(node), token) for node, token in pairs]
+        return [Finished(row, self._text(row), log_p.get(pair, ())) for row, pair in zip(ids, pairs, strict=True)]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Without EOS."""
+        return self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids)
 
     def _record(self, leaf: int, start_depth: int) -> None:
         reward = self.tree.reward[leaf]
@@ -285,26 +319,20 @@ class Search:
     def finished(self, leaf: int) -> Finished:
         """The complete sequence that ends at `leaf`."""
         ids = self.tree.tokens(leaf)
-        text = self._decode(ids[:-1] if ids[-1] in self.lm.eos_ids else ids)
-        return Finished(ids, self._stops.cut(leaf, text))
+        log_probs = self.tree.log_probs(leaf) if self._scoring.needs_log_probs else ()
+        return Finished(ids, self._stops.cut(leaf, self._text(ids)), log_probs)
 
     def completion(self, leaf: int) -> Completion:
         """A scored leaf as the user sees it."""
         done, tree = self.finished(leaf), self.tree
-        log_probs = tuple(tree.log_p[node] for node in tree.path(leaf))
-        reason = self._finished_by[leaf]
+        reason, log_probs = self._finished_by[leaf], tree.log_probs(leaf)
         return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
 
     # -- budget ----------------------------------------------------------------------------------------------------
 
     def exhausted(self, next_tokens: int = 0) -> bool:
         """Whether a budget is used up, or would be exceeded by forwarding `next_tokens` more."""
-        budget = self.budget
-        return (
-            (budget.rollouts is not None and len(self.rollouts) >= budget.rollouts)
-            or (budget.tokens is not None and self.usage.forwarded_tokens + next_tokens > budget.tokens)
-            or (budget.seconds is not None and self.seconds >= budget.seconds)
-        )
+        return self.budget.spent(self.usage, len(self.rollouts), self.seconds, next_tokens)
 
     def rng(self, index: int) -> np.random.Generator:
         """The random stream of the `index`-th path: the same whatever is decoded beside it."""
@@ -317,8 +345,9 @@ class Search:
 
     def fork(self) -> Search:
         """A search that continues from here with a tree of its own, on the same model session: what it computes is
-        counted in the same `usage`."""
+        counted in the same `usage`, without a limit."""
         other = copy.copy(self)
+        other.budget, other._scoring = Budget(), Scoring(self.reward, self.usage)
         other.tree = self.tree.copy()
         other.rollouts, other._states = list(self.rollouts), list(self._states)
         other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}

@@ -129,6 +129,7 @@ def test_the_best_text_its_reward_and_the_usage_are_printed(
     text, reward, usage = capsys.readouterr().out.rsplit("\n", 3)[:3]
     assert text.rstrip("\n") == wanted.best.text.rstrip("\n") and reward == f"reward {wanted.best.reward:g}"
     assert usage.startswith(f"best-of-n: 3 rollouts, {wanted.usage.generated_tokens} tokens generated, ")
+    assert usage.endswith(f" s for {wanted.usage.reward_calls} rewards") and wanted.usage.reward_calls == 3
     assert loaded == ["some-model"]
 
 
@@ -142,6 +143,7 @@ def test_json_has_the_same_and_the_prompt_may_be_piped(
     wanted = dts.decode(tiny_lm, "Once upon", method=method, max_new_tokens=6, seed=0)
     assert (found["text"], found["logprob"], found["reward"]) == (wanted.best.text, wanted.best.logprob, 0.0)
     assert found["usage"]["forwarded_tokens"] == wanted.usage.forwarded_tokens and found["method"] == "maxent"
+    assert found["usage"]["reward_calls"] == found["usage"]["reward_tokens"] == 0  # there is no reward
     assert loaded == ["smollm2-135m"]
 
 

@@ -40,6 +40,7 @@ ALL = [
     pytest.param(ParticleFilter(24, reward_scale=3.0, segment=2, entropic=True), id="entropic-particle-filter"),
     pytest.param(SelfConsistency(24), id="self-consistency"),
     pytest.param(SelfConsistency(24, weighted=True), id="weighted-best-of-n"),
+    pytest.param(SelfConsistency(24, confidence="tail"), id="confidence-vote"),
 ]
 PRUNES = (Beam, ParticleFilter)  # may extend a path and never finish it
 

@@ -133,8 +133,11 @@ def test_the_drawing_of_the_worked_example_is_what_its_script_draws():
     }
 
 
-def test_rewards_page(tiny_lm):
-    functions, token_level = map(run, blocks("docs/rewards.md"))
+def test_rewards_page(tiny_lm, monkeypatch):
+    monkeypatch.setattr(dts, "load", lambda name: tiny_lm, raising=False)
+    functions, token_level, *costs = blocks("docs/rewards.md")
+    assert run("\n".join(costs))["result"].rollouts
+    functions, token_level = map(run, (functions, token_level))
     for reward in (functions["sunny"], functions["scores"], functions["trl"]):
         assert dts.decode(tiny_lm, "Once", method=dts.search.BestOfN(2), reward=reward, max_new_tokens=5).best
     reward = dts.CheckMonotone(token_level["CountToken"](range(4, 100)))

@@ -135,7 +135,8 @@ def cell(model: str, method: str, samples: Sequence[Any]) -> Any:
             "samples": len(own), "final/avg_best_reward": sum(own) / len(own),
             "best_reward_interval": [min(own), max(own)],
             "final/avg_monotonicity": 1.0, "independent_monotonicity": 0.5, "final/avg_time_per_sample": 3.0,
-            "forwarded_tokens": 30.0, "below_root": 2 / 3, "metrics": {"accuracy": 0.5}}  # fmt: skip
+            "forwarded_tokens": 30.0, "reward_calls": 3.0, "reward_seconds": 0.5,
+            "below_root": 2 / 3, "metrics": {"accuracy": 0.5}}  # fmt: skip
 
 
 def evil_tree() -> dict[str, Any]:
@@ -229,7 +230,7 @@ def test_figures_of_the_tables(page: Path) -> None:
     text = page.read_text()
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text, re.DOTALL)]
     assert ["red", "best-of-n", "2", "0.500", "[0.400,", "0.600]", "-0.100", "[-0.100,", "-0.100]", "30", "3.00",
-            "1.00", "(0.50)", "67", "%"] in rows  # fmt: skip
+            "3", "0.50", "1.00", "(0.50)", "67", "%"] in rows  # fmt: skip
     assert ["no", "language", "model", "majority", "0.250"] in rows
     assert len(re.findall("<svg", text)) == 5
     assert len(re.findall('class="card winner"', text)) == 2  # one method is best on each of the two examples
@@ -247,6 +248,8 @@ def test_two_runs_on_one_page(tmp_path: Path, folder: Path, capsys: pytest.Captu
     other = write_run(tmp_path / "second", trees=[evil_tree()])
     summary = json.loads((other / "summary.json").read_text())
     summary["config"]["reward_scale"] = 8.0
+    for run in summary["runs"]:  # of an older version, which did not count them
+        del run["reward_calls"], run["reward_seconds"]
     (other / "summary.json").write_text(json.dumps(summary))
     target = tmp_path / "both.html"
     assert main([str(folder), str(other), "--output", str(target)]) == 0 and capsys.readouterr().out.split() == [

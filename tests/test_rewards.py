@@ -123,17 +123,6 @@ async def later(text):
     return 1.0
 
 
-class Later:
-    async def __call__(self, text):
-        return 1.0
-
-
-@pytest.mark.parametrize("reward", [later, Later()])
-def test_async_functions_are_refused_at_once(reward):
-    with pytest.raises(dts.UsageError, match="async function"):
-        dts.as_reward(reward)
-
-
 @pytest.mark.parametrize(("score", "message"), [
     (lambda text: later(text), "returned a coroutine"), (lambda text: None, "returned None, not a number"),
     (lambda text: 10**400, "not a number that fits a float"), (lambda text: 1j, "not a number"),

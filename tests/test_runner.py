@@ -56,7 +56,8 @@ def test_every_rollout_and_sample_is_on_disk_with_the_inventory_keys(tmp_path: P
     assert len(rollouts) == ROLLOUTS and len(samples) == 8
     wanted = {"rollout_reward", "rollout_idx", "output_length", "nodes_explored", "time", "best_so_far", "start_depth"}
     assert all(wanted <= set(r) for r in rollouts)
-    assert all({"best_reward", "monotonicity", "time", "nodes", "forwarded_tokens"} <= set(s) for s in samples)
+    wanted = {"best_reward", "monotonicity", "time", "nodes", "forwarded_tokens"}
+    assert all(wanted | {"reward_calls", "reward_tokens", "reward_seconds"} <= set(s) for s in samples)
     first = [r for r in rollouts if (r["model"], r["method"], r["sample"]) == ("red", "maxent", 0)]
     sample = samples[0]
     assert [r["rollout_idx"] for r in first] == [0, 1, 2]

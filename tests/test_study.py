@@ -58,7 +58,8 @@ def test_an_interrupted_study_goes_on_to_the_same_records(folder, tmp_path_facto
     again = RunFolder(path.parent)
     run(small(), again)
     again.close()
-    assert [{**r, "seconds": 0} for r in read_jsonl(path)] == [{**r, "seconds": 0} for r in whole]
+    untimed = {"seconds": 0, "reward_seconds": 0}
+    assert [r | untimed for r in read_jsonl(path)] == [r | untimed for r in whole]
 
 
 def test_report_is_written_from_the_records_alone(folder, capsys):
@@ -84,6 +85,19 @@ def test_another_study_in_the_folder_is_refused(tmp_path, capsys):
     (tmp_path / "study.json").write_text(json.dumps({"model": "other", "datasets": [], "methods": [], "seeds": []}))
     assert main(["--output", str(tmp_path), "--datasets", "keyword"]) == 2
     assert "'other' -> 'smollm2-135m'" in capsys.readouterr().err
+
+
+def test_the_costs_of_the_reward_have_a_column(folder):
+    run(small(), folder)
+    header, rows = study_report.quality(study_report._cells(folder.records("study")))
+    own = [r for r in folder.records("study") if r["method"] == "maxent"]
+    row = dict(zip(header, next(row for row in rows if row[1] == "maxent"), strict=True))
+    assert row["reward calls"] == f"{np.mean([r['reward_calls'] for r in own]):.0f}" != "0"
+    assert row["reward s"] == f"{np.mean([r['reward_seconds'] for r in own]):.2f}"
+    assert all(0 < r["reward_calls"] <= len(r["rewards"]) and 0 < r["reward_seconds"] < r["seconds"] for r in own)
+    for r in own:
+        del r["reward_calls"]  # a record of an older version
+    assert study_report._mean_of(own, "reward_calls", ".0f") == "-"
 
 
 def record(rewards, tokens):

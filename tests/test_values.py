@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_exactness import PROMPT, instance, total_variation
 import dts
 from dts.models.table import TableModel
 from dts.search import BestOfN, MaxEnt
+from dts.search.maxent.lookahead import ENOUGH_TEXTS, Skill
 from dts.search.maxent.valuemodel import OnlineValues
 
 
@@ -160,7 +162,9 @@ def test_a_finished_text_is_scored_once_and_without_its_stop():
     method = MaxEnt(12, values="online", lookahead=0)  # every text that is asked about is a node
     result = dts.decode(letters(), (1,), reward=reward, method=method, max_new_tokens=4, stop="7 ", seed=2)
     assert any(c.finished_by == "stop" for c in result.completions)
-    assert len(scored) == len(result.tree) - 1  # all nodes but the prompt
+    tree = result.tree
+    texts = {letters().decode(tree.tokens(node)) for node in range(1, len(tree)) if not tree.terminal[node]}
+    assert len(scored) == len(set(scored)) and set(scored) == texts | {c.text for c in result.completions}
     for leaf in result.tree.leaves():
         assert result.tree.promise[leaf] == result.tree.reward[leaf]
 
@@ -169,3 +173,75 @@ def test_a_finished_text_is_scored_once_and_without_its_stop():
 def test_what_is_no_value_model_is_refused(values):
     with pytest.raises(dts.UsageError, match="values="):
         MaxEnt(4, values=values)
+
+
+# Who is asked -------------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """A reward of text that notes what it was asked, and fails on texts where `fails` says so."""
+
+    def __init__(self, fails=lambda text: False, value=lambda text: len(text) / 10):
+        self.texts, self._fails, self._value = [], fails, value
+
+    def __call__(self, text):
+        self.texts.append(text)
+        if self._fails(text):
+            raise ValueError("half a text")
+        return self._value(text)
+
+
+def decoded(reward, method, **options):
+    """Every text has four tokens, eight characters."""
+    case = instance(1, vocab_size=4, horizon=4, eos=None)
+    return dts.decode(case.lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=0, **options)
+
+
+@pytest.mark.parametrize(("method", "options", "unfinished"), [
+    (MaxEnt(8, search="best"), {}, True),
+    (MaxEnt(8, search="best", values=None), {}, False),
+    (MaxEnt(8, search="best"), {"partial": False}, False),
+    (MaxEnt(8, search="best", values="online"), {"partial": False}, True),
+    (MaxEnt(8), {}, False),
+])  # fmt: skip
+def test_by_default_the_best_text_is_looked_for_with_scores_of_unfinished_ones(method, options, unfinished):
+    asked = Asked()
+    result = decoded(dts.as_reward(lambda text: asked(text), **options), method)
+    assert (set(asked.texts) > {c.text for c in result.completions}) == unfinished
+
+
+def test_whoever_limits_what_the_reward_costs_has_it_asked_about_finished_texts_only():
+    asked = Asked()
+    result = decoded(asked, MaxEnt(8, search="best"), budget=dts.Budget(reward_calls=8))
+    assert set(asked.texts) == {c.text for c in result.completions}
+
+
+def test_a_reward_that_fails_on_unfinished_texts_guides_by_the_others():
+    fails = Asked(lambda text: text.endswith("2 ") and len(text) < 8)
+    result = decoded(fails, MaxEnt(12, search="best"))
+    assert len(result.rollouts) == 12 and any(text.endswith("2 ") for text in fails.texts)
+    with pytest.raises(dts.RewardError, match="half a text"):
+        decoded(Asked(lambda text: len(text) == 8), MaxEnt(12, search="best"))
+
+
+@pytest.mark.parametrize("value", [
+    lambda text: 1.0 if len(text) == 8 and text.count("3") > 1 else 0.0,  # says nothing before the end
+    lambda text: (crc32(text.encode()) % 97) * (1 if len(text) == 8 else -1),  # says something else
+])  # fmt: skip
+def test_scores_that_say_nothing_are_not_asked_for_any_more(value):
+    asked = Asked(value=value)
+    decoded(asked, MaxEnt(60, search="best"))
+    finished = [index for index, text in enumerate(asked.texts) if len(text) == 8]
+    after = asked.texts[finished[min(2 * ENOUGH_TEXTS, len(finished) - 1)] :]
+    assert after and all(len(text) == 8 for text in after)
+
+
+def test_skill_compares_predictions_with_the_mean_of_the_rewards_before():
+    good, bad, flat = Skill(), Skill(), Skill()
+    for index in range(ENOUGH_TEXTS):
+        reward = float(index % 2)
+        assert not (good.none or bad.none or flat.none)  # too early to say
+        good.add([reward, 0.5], [reward, 0.5], reward)
+        bad.add([1 - reward, 1 - reward], [reward, 0.5], reward)
+        flat.add([0.5, 0.5], [0.0, 0.0], reward)
+    assert not good.none and bad.none and flat.none

@@ -10,11 +10,14 @@ A function of finished text becomes a reward through `as_reward`. No reward can 
 """
 
 from dts.rewards.combine import CheckMonotone, clip, gate, minimum, weighted_sum
-from dts.rewards.functions import TerminalReward, as_reward
+from dts.rewards.confidence import Confidence
+from dts.rewards.functions import NO_REWARD, TerminalReward, as_reward
 from dts.rewards.reward import Context, Finished, Prompt, Reward, State, checked_finish, promised
 
 __all__ = [
+    "NO_REWARD",
     "CheckMonotone",
+    "Confidence",
     "Context",
     "Finished",
     "Prompt",

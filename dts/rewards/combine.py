@@ -62,6 +62,7 @@ class _Combined(Reward):
         self.name = "combined"
         self.monotone = all(part.monotone for part in self._parts)
         self.partial = all(getattr(part, "partial", True) for part in self._parts)
+        self.of_text = all(getattr(part, "of_text", False) for part in self._parts)
 
     def start(self, context: Context) -> State:
         return tuple(part.start(context) for part in self._parts)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, get_origin
 
-from dts.errors import UsageError, shown
-from dts.rewards.reward import Context, Finished, Reward, State
+from dts.errors import RewardError, UsageError, shown
+from dts.rewards.calls import Workers, awaited, begun, is_async
+from dts.rewards.reward import Context, Finished, Reward, State, failed
 
 
 class TerminalReward(Reward):
@@ -20,9 +23,11 @@ class TerminalReward(Reward):
         score: Callable[[Context, Sequence[Finished]], Sequence[float]],
         name: str,
         parts: Sequence[Any] = (),
+        *,
+        of_text: bool = False,
         partial: bool = True,
     ) -> None:
-        self.name, self.parts, self.partial = name, tuple(parts), partial  # parts: what it was made from
+        self.name, self.parts, self.of_text, self.partial = name, tuple(parts), of_text, partial
         self._score = score
 
     def start(self, context: Context) -> State:
@@ -32,34 +37,69 @@ class TerminalReward(Reward):
         return list(self._score(states[0], finished)) if finished else []
 
 
+NO_REWARD = TerminalReward(lambda context, finished: [0.0] * len(finished), "none", of_text=True)  # costs nothing
+
 _MEMBERS = ("name", "monotone", "start", "extend", "earned", "upper", "finish")
 
 
-def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, *, batched: bool | None = None) -> Reward:
+def as_reward(
+    reward: Reward | Callable[..., Any],
+    name: str | None = None,
+    *,
+    batched: bool | None = None,
+    workers: Workers = None,
+    partial: bool = True,
+) -> Reward:
     """A reward object as it is, or a function as a terminal reward.
 
     Functions may be `text -> float`, `list[str] -> list[float]`, or TRL's `f(prompts, completions, **kwargs)`,
-    which is recognised by a parameter called `completions` and gets prompts, completions and completion_ids.
+    which is recognised by a parameter called `completions` and gets prompts, completions and completion_ids. Each may
+    be an `async def`; the calls for several texts then wait together, in an event loop of their own.
     batched: whether the function takes a list of texts; None: by its annotation, and where it has none, by what it does
-    with the first text. Raises `UsageError` for what is no reward.
+    with the first text (an async function and one with workers take one text).
+    workers: for functions of one text that wait or compute long: how many texts at a time, in threads, or at most so
+    many calls of an async function; or an executor, such as `ProcessPoolExecutor(4)`. The values are the same.
+    partial: whether a search may ask about unfinished texts, too, as a guide; give False where that costs much and says
+    nothing, as with tests of a program.
+    Raises `UsageError` for what is no reward.
     """
     if isinstance(reward, type) and all(hasattr(reward, member) for member in ("start", "finish")):
         raise UsageError(f"reward={reward.__name__} is a class; give an instance of it: {reward.__name__}(...)")
     if isinstance(reward, Reward) or all(hasattr(reward, member) for member in _MEMBERS):
+        if workers is not None:
+            raise UsageError(
+                f"workers={shown(workers)} is for functions of one text; {shown(reward)} is a reward object"
+            )
         return reward  # type: ignore[return-value]  # with these members it is one
     if not callable(reward):
         raise UsageError(f"reward={shown(reward)} is neither a function nor an object with the methods of dts.Reward")
     label: str = name or getattr(reward, "__name__", None) or type(reward).__name__
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None)):  # noqa: B004
-        raise UsageError(
-            f"reward={label!r} is an async function, which is not supported; wrap it: lambda text: asyncio.run(f(text))"
-        )
     parameters = _parameters(reward)
     if "completions" in parameters:
-        return TerminalReward(_trl_scorer(reward), label, [reward])
-    first = next(iter(parameters.values()), None)
-    takes_list = _takes_list(first.annotation if first else None) if batched is None else batched
-    return TerminalReward(_text_scorer(reward, takes_list), label, [reward])
+        takes_list: bool | None = True
+    else:
+        first = next(iter(parameters.values()), None)
+        takes_list = _takes_list(first.annotation if first else None) if batched is None else batched
+    _check_workers(label, workers, takes_list, is_async(reward))
+    if "completions" in parameters:
+        of_text = not _takes("completion_ids", parameters)
+        return TerminalReward(_trl_scorer(reward), label, [reward], of_text=of_text, partial=partial)
+    if workers is not None or is_async(reward):
+        takes_list = bool(takes_list)
+    score = _text_scorer(reward, takes_list, label, workers)
+    return TerminalReward(score, label, [reward], of_text=True, partial=partial)
+
+
+def _check_workers(label: str, workers: Any, takes_list: bool | None, waits: bool) -> None:
+    if workers is None:
+        return
+    whole = isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1
+    if not whole and not isinstance(workers, Executor):
+        raise UsageError(f"workers={shown(workers)} is not allowed; give a whole number >= 1, an executor or None")
+    if takes_list:
+        raise UsageError(f"workers={shown(workers)} is for functions of one text; {label!r} takes a list")
+    if waits and not whole:
+        raise UsageError(f"workers={shown(workers)} cannot run the async function {label!r}; give a whole number")
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -84,9 +124,12 @@ def _takes_list(annotation: Any) -> bool | None:
     return isinstance(origin, type) and issubclass(origin, Iterable) and not issubclass(origin, str)
 
 
+def _takes(name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
 def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:
     parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     def score(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
         messages = isinstance(context.prompt, list) and bool(context.prompt) and isinstance(context.prompt[0], dict)
@@ -95,13 +138,13 @@ def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Fin
             "completions": [[{"role": "assistant", "content": f.text}] if messages else f.text for f in finished],
             "completion_ids": [list(f.token_ids) for f in finished],
         }
-        return _several(function(**{k: v for k, v in arguments.items() if takes_all or k in parameters}))
+        return _several(_called(function, **{k: v for k, v in arguments.items() if _takes(k, parameters)}))
 
     return score
 
 
 def _text_scorer(
-    function: Callable[..., Any], batched: bool | None
+    function: Callable[..., Any], batched: bool | None, label: str, workers: Workers
 ) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:
     def score(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
         nonlocal batched
@@ -109,10 +152,38 @@ def _text_scorer(
         if batched is None:
             batched, first = _find_out(function, texts[0])
         if batched:
-            return _several(function(texts))
-        return [*first, *(_one(function(text)) for text in texts[len(first) :])]
+            return _several(_called(function, texts))
+        return [*first, *_each(function, texts[len(first) :], label, workers)]
 
     return score
+
+
+def _called(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    value = function(*arguments, **named)
+    return awaited(value) if is_async(function) else value
+
+
+def _each(function: Callable[..., Any], texts: Sequence[str], label: str, workers: Workers) -> list[Any]:
+    """A value for each text. Raises `RewardError` with the first text for which the function fails."""
+    futures: list[Future[Any]] = []
+    if is_async(function) or workers not in (None, 1):
+        futures = begun(function, texts, workers)
+    calls: Sequence[Callable[[], Any]] = [future.result for future in futures] or [
+        functools.partial(function, text) for text in texts
+    ]
+    values = []
+    try:
+        for text, call in zip(texts, calls, strict=True):
+            try:
+                values.append(_one(call()))
+            except RewardError:
+                raise
+            except Exception as error:
+                raise failed(label, error, text) from error
+    finally:
+        for future in futures:
+            future.cancel()  # where one failed, those after it need not run
+    return values
 
 
 def _find_out(function: Callable[..., Any], text: str) -> tuple[bool, list[Any]]:
@@ -148,7 +219,7 @@ def _one(value: Any) -> Any:
 def _no_coroutine(value: Any) -> TypeError:
     if inspect.iscoroutine(value):
         value.close()  # or Python warns that nobody awaited it
-    return TypeError("it returned a coroutine, and async functions are not supported; wrap it with asyncio.run")
+    return TypeError("it returned a coroutine, but is no async function; write it with async def")
 
 
 def _several(values: Any) -> list[Any]:

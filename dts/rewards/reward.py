@@ -29,6 +29,7 @@ class Finished:
 
     token_ids: tuple[int, ...]  # with the EOS token where one was generated
     text: str  # without EOS and without the stop string
+    token_logprobs: tuple[float, ...] = ()  # log p of each token, nats; empty for rewards with `of_text`
 
 
 class Reward:
@@ -37,11 +38,15 @@ class Reward:
     All methods are batched over paths: lists in, lists of the same length out. `monotone=True` promises that `earned`
     never falls along a path and never exceeds the final reward. An object that has `name`, `monotone` and all methods
     but `promise` is accepted without subclassing, too.
+
+    A reward (or a function) that runs a model may count in an attribute `tokens`, a whole number, the token positions
+    that have entered the model so far; a search adds what it grows by to `usage.reward_tokens`.
     """
 
     name: str
     monotone: bool = False
     partial: bool = True  # whether an unfinished text may be given to `finish`, too, as a guide for the search
+    of_text: bool = False  # whether `finish` looks at nothing but the text: a search asks once about equal texts
     parts: Sequence[Any] = ()  # rewards or functions that it was made from
 
     def start(self, context: Context) -> State:
@@ -89,9 +94,7 @@ def checked_finish(reward: Reward, states: Sequence[State], finished: Sequence[F
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error} on completion {shown(0)}"
-        ) from error
+        raise failed(reward.name, error, finished[0].text) from error
     if not hasattr(values, "__len__") or len(values) != len(finished):
         count = f"{len(values)} values" if hasattr(values, "__len__") else str(values)[:80]
         raise RewardError(
@@ -99,6 +102,11 @@ def checked_finish(reward: Reward, states: Sequence[State], finished: Sequence[F
             "return one number per completion"
         )
     return [_finite(value, reward, shown(index)) for index, value in enumerate(values)]
+
+
+def failed(name: str, error: Exception, text: str) -> RewardError:
+    """What to raise where a reward fails on a text."""
+    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error} on completion {text[:200]!r}")
 
 
 def _finite(value: Any, reward: Reward, completion: str) -> float:

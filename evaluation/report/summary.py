@@ -21,6 +21,9 @@ _MEANS = {
     "forwarded_tokens": "forwarded_tokens",
     "unique_tokens": "unique_tokens",
     "generated_tokens": "generated_tokens",
+    "reward_calls": "reward_calls",
+    "reward_tokens": "reward_tokens",
+    "reward_seconds": "reward_seconds",
     "nodes": "nodes",
     "below_root": "below_root",
 }
@@ -48,7 +51,7 @@ def summarise(
 
 def _aggregate(samples: Sequence[SampleRecord], task: Task) -> Cell:
     rows = cast("Sequence[Mapping[str, Any]]", samples)
-    means = {key: mean(row[name] for row in rows) for key, name in _MEANS.items()}
+    means = {key: mean(row.get(name) for row in rows) for key, name in _MEANS.items()}
     return {
         "samples": len(samples),
         **cast("Cell", means),
@@ -100,6 +103,7 @@ def report(summary: RunSummary) -> str:
         table(runs),
         "",
         "Best reward: mean over samples, 95 % bootstrap interval. Tokens: forwarded through the model per sample.",
+        "Reward calls: texts that the reward scored per sample; reward s: its part of the seconds.",
         "Monotonicity: share of rollouts whose reward is not below the one before; in brackets what the same rewards",
         "give in random order. Below root: share of rollouts that continue a path of an earlier one.",
     ]
@@ -117,7 +121,8 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def table(runs: Sequence[Cell]) -> str:
     """One row per model, data set and method."""
-    header = ["model", "data", "method", "samples", "best reward", "tokens", "s/sample", "monotonicity", "below root"]
+    header = ["model", "data", "method", "samples", "best reward", "tokens", "s/sample", "reward calls", "reward s",
+              "monotonicity", "below root"]  # fmt: skip
     rows = [
         [
             run["model"],
@@ -127,6 +132,8 @@ def table(runs: Sequence[Cell]) -> str:
             number(run["avg_best_reward"]) + _bracket(run["best_reward_interval"]),
             number(run["forwarded_tokens"], 0),
             number(run["avg_time_per_sample"], 2),
+            number(run.get("reward_calls"), 0),
+            number(run.get("reward_seconds"), 2),
             f"{number(run['avg_monotonicity'], 2)} ({number(run['independent_monotonicity'], 2)})"
             if run["avg_monotonicity"] is not None
             else "-",

@@ -163,6 +163,9 @@ def outcome(head: Mapping[str, Any], result: Result, draws: int) -> SearchRecord
         "nodes": nodes,
         "model_calls": usage.model_calls,
         "seconds": usage.seconds,
+        "reward_calls": usage.reward_calls,
+        "reward_tokens": usage.reward_tokens,
+        "reward_seconds": usage.reward_seconds,
         "completions": [_completion(c) for c in result.completions],
         "draws": [_completion(c) for c in drawn],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -45,6 +45,9 @@ class SearchRecord(Mark):
     nodes: int
     model_calls: int
     seconds: float
+    reward_calls: int  # texts that the reward scored
+    reward_tokens: int  # that its models forwarded
+    reward_seconds: float  # of the seconds
     completions: list[Found]  # distinct, best first
     draws: list[Found]  # from the estimate of pi*
 
@@ -165,10 +168,18 @@ def quality(cells: Cells) -> tuple[Row, list[Row]]:
                 [dataset, name, f"{np.mean([c['reward'] for c in best]):.3f}", _show(bootstrap(mean, per_token), ".2f"),
                  f"{np.mean([len(r['rewards']) for r in records]):.0f}",
                  f"{np.mean([np.mean(r['start_depths']) for r in records]):.1f}",
-                 f"{np.mean([r['spent'] for r in records]):.0f}", f"{np.mean([r['seconds'] for r in records]):.1f}"]
+                 f"{np.mean([r['spent'] for r in records]):.0f}", f"{np.mean([r['seconds'] for r in records]):.1f}",
+                 _mean_of(records, "reward_calls", ".0f"), _mean_of(records, "reward_seconds", ".2f")]
             )  # fmt: skip
-    header = ["data", "method", "best reward", "log p per token", "rollouts", "mean depth of the start", "tokens", "s"]
+    header = ["data", "method", "best reward", "log p per token", "rollouts", "mean depth of the start", "tokens", "s",
+              "reward calls", "reward s"]  # fmt: skip
     return header, rows
+
+
+def _mean_of(records: Sequence[Mapping[str, Any]], field: str, form: str) -> str:
+    """A mean for a table; "-" where records of an older version lack the field."""
+    values = [record.get(field) for record in records]
+    return "-" if None in values else format(np.mean(cast("list[float]", values)), form)
 
 
 def as_good(cells: Cells) -> tuple[Row, list[Row]]:

@@ -15,7 +15,9 @@ ROLLOUT_KEYS = ("rollout_reward", "rollout_idx", "output_length", "nodes_explore
 SAMPLE_KEYS = ("best_reward", "monotonicity", "time", "nodes")
 FINAL = {name: f"final/{name}" for name in ("avg_best_reward", "avg_monotonicity", "avg_time_per_sample", "total_time")}
 FINAL_KEYS = tuple(FINAL.values())
-TIME_KEYS = frozenset({"time", "seconds", FINAL["avg_time_per_sample"], FINAL["total_time"]})  # wall-clock figures
+TIME_KEYS = frozenset(  # wall-clock figures
+    {"time", "seconds", "reward_seconds", FINAL["avg_time_per_sample"], FINAL["total_time"]}
+)
 
 
 def rollout_keys(record: RolloutRecord) -> Record:

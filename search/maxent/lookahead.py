@@ -70,7 +70,6 @@ class Scored:
     def __init__(self, search: Search, model: ValueModel) -> None:
         self._search, self._model, self._skill = search, model, Skill()
         self._scores: dict[int, float] = {}  # by node
-        self._tried: dict[tuple[int, int], float] = {}  # by node and token, of what a glance has asked already
 
     def value(self, nodes: Sequence[int]) -> None:
         tree = self._search.tree
@@ -78,28 +77,17 @@ class Scored:
         self._search.score(leaves)  # finished texts keep their reward, so nobody asks again
         for leaf in leaves:
             tree.promise[leaf] = tree.reward[leaf]
-        self._scores.update(self._ask([node for node in nodes if not tree.terminal[node]]))
-        for node in nodes:
-            if not tree.terminal[node]:
-                score = self._scores.get(node, math.nan)
-                promise = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
-                tree.promise[node] = promise
-
-    def _ask(self, nodes: Sequence[int]) -> dict[int, float]:
-        """The scores of these unfinished texts."""
-        if self._skill.none:
-            return {}
-        tree = self._search.tree
-        known = {node: self._tried.get((tree.parent[node], tree.token[node])) for node in nodes}
-        asked = [node for node, score in known.items() if score is None]
-        found = dict(zip(asked, self._search.scores_so_far(asked), strict=True))
-        return {node: found[node] if score is None else score for node, score in known.items()}
+        unfinished = [node for node in nodes if not tree.terminal[node]]
+        if not self._skill.none:
+            self._scores.update(zip(unfinished, self._search.scores_so_far(unfinished), strict=True))
+        for node in unfinished:
+            score = self._scores.get(node, math.nan)
+            tree.promise[node] = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
 
     def after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         if self._skill.none:
             return [math.nan] * len(nodes)
         scores = self._search.scores_after(nodes, tokens)
-        self._tried.update(zip(zip(nodes, tokens, strict=True), scores, strict=True))
         return [
             score if token in self._search.lm.eos_ids or math.isnan(score) else self._predict(node, 1, score)
             for node, token, score in zip(nodes, tokens, scores, strict=True)

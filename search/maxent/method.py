@@ -44,8 +44,8 @@ class MaxEnt:
     values: for rewards that are not monotone. "online": the reward is asked about unfinished texts, too, and the search
     learns what its answer says of the final reward; a value model: the same, with one that may have learnt from other
     prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. "auto": "online" for
-    `DTS*` where the reward's `partial` allows it, else None. It decides where paths go. The target, Z and the bounds do
-    not depend on it.
+    `DTS*` where the reward's `partial` allows it and the budget limits no cost of the reward, else None. It decides
+    where paths go. The target, Z and the bounds do not depend on it.
     branch: `DTS*` only, how a path finds the node where it leaves the tree. "values": it descends by the soft values.
     "improvement": the node is chosen by the expected improvement of the best reward for each new token
     (`dts.search.maxent.branching`). None: "values" for monotone rewards and with a bonus, else "improvement".
@@ -119,7 +119,10 @@ class MaxEnt:
 
     def _value_model(self, search: Search) -> ValueModel | None:
         if self.values == "auto":
-            return OnlineValues() if self.search == "best" and getattr(search.reward, "partial", True) else None
+            budget, partial = search.budget, getattr(search.reward, "partial", True)
+            limits = (budget.reward_calls, budget.reward_tokens, budget.reward_seconds)
+            asks = self.search == "best" and partial and all(limit is None for limit in limits)
+            return OnlineValues() if asks else None
         return OnlineValues() if self.values == "online" else self.values
 
     def _brancher(self, search: Search) -> Brancher | None:
