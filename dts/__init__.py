@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dts.generation import generate
     from dts.many import decode_many
     from dts.models.huggingface import load
+    from dts.models.rewards import ModelReward, load_reward
     from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
     from dts.settings import Budget
     from dts.timeout import with_timeout
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Public names and where they live. Imported on first use: `import dts` must stay quick.
 _HOMES = {
     "load": "dts.models.huggingface",
+    **dict.fromkeys(["ModelReward", "load_reward"], "dts.models.rewards"),
     "decode": "dts.decoding",
     "decode_many": "dts.many",
     "generate": "dts.generation",
@@ -49,6 +51,7 @@ __all__ = [
     "DTSError",
     "Finished",
     "ModelError",
+    "ModelReward",
     "Reward",
     "RewardError",
     "UnavailableError",
@@ -60,6 +63,7 @@ __all__ = [
     "gate",
     "generate",
     "load",
+    "load_reward",
     "minimum",
     "weighted_sum",
     "with_timeout",
