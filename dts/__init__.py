@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dts.models.huggingface import load
     from dts.models.rewards import ModelReward, load_reward
     from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
+    from dts.rewards.judge import JudgeReward
     from dts.settings import Budget
     from dts.timeout import with_timeout
 
@@ -41,6 +42,7 @@ _HOMES = {
         ["CheckMonotone", "Context", "Finished", "Reward", "as_reward", "clip", "gate", "minimum", "weighted_sum"],
         "dts.rewards",
     ),
+    "JudgeReward": "dts.rewards.judge",
     "with_timeout": "dts.timeout",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Context",
     "DTSError",
     "Finished",
+    "JudgeReward",
     "ModelError",
     "ModelReward",
     "Reward",
