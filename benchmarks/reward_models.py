@@ -1,6 +1,6 @@
 """Tokens that pass through a reward model during a search, and whether its scores are those of plain transformers.
 
-    python benchmarks/reward_models.py --rollouts 64 --tokens 48
+    python benchmarks/reward_models.py --rollouts 32 --tokens 32
 
 The reward is a scalar head with random weights on a tiny random Llama and on SmolLM2-135M; both read the decoding
 model's ids. Prompts are chat messages, given as ids: a prompt given as messages would add the tokens that close the
@@ -91,8 +91,8 @@ def error(reward: Recorded, model: Any, prompt: list[int], eos: frozenset[int]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rollouts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--step", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=2)
     options = parser.parse_args()

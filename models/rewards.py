@@ -165,7 +165,8 @@ class ModelReward(Reward):
             raise RewardError(f"reward {self.name!r} got a text of {longest} tokens; raise max_tokens={room}")
         if root not in search.trees:
             search.trees[root] = TokenTree(self._scorer, root, lanes=self._batch_size, room=room,
-                                           max_kv_bytes=self._max_kv_bytes)  # fmt: skip
+                                           max_kv_bytes=self._max_kv_bytes,
+                                           long_chains=self._scorer.sends_chains)  # fmt: skip
             self.tokens += search.trees[root].tokens
         return search.trees[root]
 

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 
 from dts.lm import PROMPT_SLOT
+from dts.memory import is_out_of_memory, release
+from dts.models.chains import Chain, chains_of, send
 from dts.models.forest import Forest, Place, lone
 from dts.models.prefixes import Prefix, Segment
 from dts.models.rope import context_length, rope_limits
-from dts.models.selfcheck import refuse_unless_causal, tree_problem
-from dts.models.sessions import TreeSession, prefill
+from dts.models.selfcheck import check_ids, refuse_unless_causal, tolerance, tree_problem
+from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.view import ModelView, core_of
 
 Ids = Sequence[int]
 PREFILL_CHUNK = 1024  # tokens per forward call
+LONG = 4  # tokens of a chain, in the mean, from which they go in one call
+LONGEST = 256  # tokens of a chain in one call
 AT_ONCE = 64  # places whose outputs are held together: a vocabulary is wide
 
 
@@ -80,6 +84,23 @@ class Scorer:
             refuse_unless_causal(self.view, size, self.device)
         return problem is None
 
+    @cached_property
+    def sends_chains(self) -> bool:
+        """Whether several tokens of a path may go in one call: where the outputs are those of plain calls."""
+        ids = check_ids(self._core.config, int(self._text_config.vocab_size), 12)
+        root, tails = ids[:3], [ids[3:9], [*ids[3:5], *ids[9:]], ids[10:], ids[3:10]]
+        try:
+            tree = TokenTree(self, root, lanes=2, room=8, max_kv_bytes=None, long_chains=True)
+            ends = [path[-1] for path in tree.slots(tails)]
+            tree_outputs = torch.cat(list(tree.outputs(ends))).float()
+            plain = [whole_logits(self.view(), [*root, *tail], self.device)[0, -1] for tail in tails]
+        except Exception as error:  # as in `tree_problem`
+            if is_out_of_memory(error):
+                raise
+            return False
+        direct = torch.stack(plain).float()
+        return bool((tree_outputs - direct).abs().max() <= tolerance(direct))
+
     def open(self, root: Ids, *, lanes: int, room: int, max_kv_bytes: int | None) -> TreeSession:
         """A session whose prompt is `root`, which may be empty, for paths of up to `room` tokens after it."""
 
@@ -122,9 +143,13 @@ class Scorer:
 class TokenTree:
     """Sequences that begin with `root`, as a trie over the slots of a session: each token is sent once."""
 
-    def __init__(self, scorer: Scorer, root: Ids, *, lanes: int, room: int, max_kv_bytes: int | None) -> None:
+    def __init__(
+        self, scorer: Scorer, root: Ids, *, lanes: int, room: int, max_kv_bytes: int | None, long_chains: bool
+    ) -> None:
         """lanes: sequences that grow together. room: tokens after the root."""
         self.lanes, self.room = lanes, room
+        self.long_chains = long_chains  # whether several tokens of a path may go in one call
+        self._scorer, self._view = scorer, scorer.view()
         self._session = scorer.open(root, lanes=lanes, room=room, max_kv_bytes=max_kv_bytes)
         self._child: dict[tuple[int, int], int] = {}  # by slot and token
 
@@ -149,18 +174,32 @@ class TokenTree:
     def _grow(self, tails: Sequence[Ids]) -> list[list[int]]:
         paths = [[PROMPT_SLOT] for _ in tails]
         while True:
-            missing: dict[tuple[int, int], None] = {}
             for path, tail in zip(paths, tails, strict=True):
-                while len(path) <= len(tail):
-                    edge = (path[-1], tail[len(path) - 1])
-                    if edge not in self._child:
-                        missing[edge] = None
-                        break
+                while len(path) <= len(tail) and (edge := (path[-1], tail[len(path) - 1])) in self._child:
                     path.append(self._child[edge])
-            if not missing:
+            rests = [tail[len(path) - 1 : len(path) - 1 + LONGEST] for path, tail in zip(paths, tails, strict=True)]
+            chains = chains_of([path[-1] for path in paths], rests)
+            if not chains:
                 return paths
-            parents, tokens = zip(*missing, strict=True)
-            self._child.update(zip(missing, self._session.extend(parents, tokens), strict=True))
+            self._send(chains)
+
+    def _send(self, chains: Sequence[Chain]) -> None:
+        """All of these chains in one call, or their first tokens."""
+        if self.long_chains and sum(len(tokens) for _, tokens in chains) >= LONG * len(chains):
+            try:
+                slots = send(self._session, self._view, self._scorer.device, chains)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.long_chains = False
+            else:
+                for (parent, tokens), new in zip(chains, slots, strict=True):
+                    self._child.update(zip(zip([parent, *new], tokens, strict=False), new, strict=True))
+                return
+            release()  # outside the handler, whose traceback keeps tensors
+        edges = [(parent, tokens[0]) for parent, tokens in chains]
+        parents, first = zip(*edges, strict=True)
+        self._child.update(zip(edges, self._session.extend(parents, first), strict=True))
 
     def outputs(self, slots: Sequence[int]) -> Iterator[torch.Tensor]:
         """Outputs after these slots, [some, V] at a time."""

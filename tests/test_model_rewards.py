@@ -14,8 +14,10 @@ from transformers import AutoModelForSequenceClassification
 
 import dts
 from dts.errors import RewardError, UnavailableError, UsageError
+from dts.models.chains import chains_of
 from dts.models.huggingface import HFModel
 from dts.models.readings import Steps
+from dts.models.scoring import Scorer, TokenTree
 from dts.rewards import Context, Finished
 from dts.search import BestOfN, MaxEnt
 
@@ -160,6 +162,53 @@ def test_a_tree_lives_as_long_as_its_search():
     assert tree() is not None
     del state
     assert tree() is None
+
+
+# Several tokens in one call -----------------------------------------------------------------------------------------
+
+
+def test_chains_end_where_texts_part():
+    assert chains_of([0, 0, 0, 0, 7, 3], ["abcd", "abx", "abcz", "q", "ab", ""]) == [(0, "ab"), (0, "q"), (7, "ab")]
+
+
+@pytest.mark.parametrize(
+    ("family", "spare"), [*((family, None) for family in FAMILIES), ("llama", 4), ("gpt2", 4), ("gemma3", 4)]
+)
+def test_ends_of_several_tokens_are_those_of_plain_calls(family, spare):
+    """Every family, beyond its window of attention: whole ends, then single tokens after them, then ends again; also
+    where a memory bound leaves room for `spare` tokens of idle branches, and others are given up and sent again."""
+    scorer = Scorer(random_model(family))
+    assert scorer.shares_prefixes(60) and scorer.sends_chains
+    rows = [[*range(10, 22)], [*range(10, 15), *range(40, 49)], [*range(70, 78)], [*range(10, 22), 5], [70, 71, 6],
+            [*range(10, 22), 5, *range(90, 100)], [*range(70, 78), *range(20, 30)], [*range(101, 113)]]  # fmt: skip
+    for root in ((), (3, 4)):
+        bound = None if spare is None else scorer._nothing.token_bytes * (2 * 30 + len(root) + spare)
+        expected = torch.stack([plain(scorer.model, [*root, *row])[-1] for row in rows])
+        usages = []
+        for long_chains in (True, False):
+            tree = TokenTree(scorer, root, lanes=2, room=30, max_kv_bytes=bound, long_chains=long_chains)
+            ends = [tree.slots([row])[0][-1] for row in rows[:3]]
+            ends += [path[-1] for path in tree.slots(rows[3:])]
+            outputs = torch.cat(list(tree.outputs(ends)))
+            assert (outputs - expected).abs().max() < 1e-4 * max(1.0, expected.abs().max())
+            usages.append(tree._session.usage)
+            assert usages[-1].forwarded_tokens - usages[-1].recomputed_tokens == len(root) + beginnings(rows)
+        assert usages[0].recomputed_tokens if spare else usages[0].model_calls < usages[1].model_calls / 4
+
+
+def test_memory_that_runs_out_for_whole_ends_still_serves_single_tokens(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer = Scorer(headed())
+    assert scorer.sends_chains
+    monkeypatch.setattr("dts.models.scoring.send", fail)
+    tree = TokenTree(scorer, (3,), lanes=2, room=30, max_kv_bytes=None, long_chains=True)
+    rows = [[5, 6, 7, 8, 9, 9], [6, 6, 9, 9, 9, 9]]
+    ends = [path[-1] for path in tree.slots(rows)]
+    expected = torch.stack([plain(scorer.model, [3, *row]) for row in rows])
+    assert torch.cat(list(tree.outputs(ends))) == pytest.approx(expected, abs=1e-4)
+    assert tree.tokens == 13 and not tree.long_chains
 
 
 # Whole texts --------------------------------------------------------------------------------------------------------
