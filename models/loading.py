@@ -144,17 +144,19 @@ def _load(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _from_pretrained(
-    name: str, source: str, *, architecture: Any = None, head_follows: bool = False, **options: Any
+    name: str, source: str, *, architecture: Any = None, adapter_labels: int | None = None, **options: Any
 ) -> tuple[Any, Any]:
-    """head_follows: whether an adapter brings the weights of the head."""
+    """adapter_labels: how many outputs the score head has that an adapter will bring; None for none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reading = {key: options[key] for key in ("trust_remote_code", "local_files_only")}
     tokenizer = AutoTokenizer.from_pretrained(source, **reading)
+    if adapter_labels is not None:
+        options["num_labels"] = adapter_labels
     model, report = (architecture or AutoModelForCausalLM).from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **options
     )
-    missing = sorted(key for key in report["missing_keys"] if not (head_follows and key.startswith("score.")))
+    missing = sorted(key for key in report["missing_keys"] if not (adapter_labels and key.startswith("score.")))
     if missing:  # transformers would continue with random numbers in their place
         raise UnavailableError(
             f"model {name!r}: {source} lacks {len(missing)} weights, the first of them {missing[0]}; get the "
@@ -172,7 +174,8 @@ def _load_adapter(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
         )
     from peft import PeftModel
 
-    model, tokenizer = _load(_adapter_base(spec), {**options, "head_follows": options["architecture"] is not None})
+    labels = _labels(Path(spec.source)) if options["architecture"] is not None else None
+    model, tokenizer = _load(_adapter_base(spec), {**options, "adapter_labels": labels})
     merged = PeftModel.from_pretrained(model, spec.source, local_files_only=True).merge_and_unload()
     if (Path(spec.source) / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -181,6 +184,15 @@ def _load_adapter(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
             spec.source, local_files_only=True, trust_remote_code=options["trust_remote_code"]
         )
     return merged, tokenizer
+
+
+def _labels(adapter: Path) -> int | None:
+    """Outputs of the score head in an adapter; None where it has none."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        heads = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("score.weight")]  # noqa: SIM118
+    return int(heads[0]) if heads else None
 
 
 def _adapter_config(spec: ModelSpec) -> Path:

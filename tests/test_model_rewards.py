@@ -388,6 +388,22 @@ def test_rewards_load_from_folders(tmp_path):
     assert asked(dts.load_reward(lm, "likelihood", device="cpu"), ["a cat"])[0] < 0
 
 
+def test_an_adapter_brings_its_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = saved(random_model("llama"), tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in filter(lambda one: one.requires_grad, tuned.parameters()):  # the adapter and the head
+            parameter.normal_(0, 0.3)
+    tuned.eval().save_pretrained(tmp_path / "lora")
+    reward = dts.load_reward(tmp_path / "lora", device="cpu")
+    ids = saved_tokenizer(tmp_path)(PROMPT + "a cat")["input_ids"]
+    with torch.no_grad():
+        expected = float(tuned(torch.tensor([ids])).logits[0, 0])
+    assert asked(reward, ["a cat"]) == pytest.approx([expected], abs=1e-4)
+
+
 def test_qwen_process_reward_models_load_with_their_head_of_two_layers(tmp_path, monkeypatch):
     from dts.models.rewards import _qwen_steps
 
