@@ -9,8 +9,8 @@ reply to each text that is scored. One JSON line for each reward model, prompt a
 `sent`: tokens that the reward model read. `distinct`: tokens of the prompt and of the tree of all texts that were
 scored. `rerun`: what the same scores cost when each text is read from its first token. `rerun_steps`: the same for
 finished texts and those at the ends of steps (every --step tokens) alone, although the search with a value model asks
-at each token. `error`: largest distance to the scores of plain transformers over 64 or more of the texts; `spread`:
-standard deviation of all scores.
+at each token. `error`: largest distance to the scores of plain transformers over --checked of the texts or more;
+`spread`: standard deviation of all scores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import dts
 from dts.evaluation.tasks import load_task
 from dts.search import MaxEnt
 
-CHECKED = 64  # scored texts that plain transformers reads again
 SEARCHES = {
     "finished texts": lambda rollouts: MaxEnt(rollouts, 16.0, search="best"),
     "each token": lambda rollouts: MaxEnt(rollouts, 16.0, search="best", values="online", lookahead=0),
@@ -67,6 +66,9 @@ def tiny_config(lm: Any) -> Any:
     return config
 
 
+MODELS = {"tiny": tiny, "smollm2": headed}
+
+
 def counts(reward: Recorded, prompt: list[int], longest: int, step: int, eos: frozenset[int]) -> dict[str, int]:
     """Tokens of the ways to get the recorded scores."""
     texts = {tuple(token for token in ids if token not in eos): ids for ids in reward.scored}
@@ -82,9 +84,9 @@ def counts(reward: Recorded, prompt: list[int], longest: int, step: int, eos: fr
 
 
 @torch.inference_mode()
-def error(reward: Recorded, model: Any, prompt: list[int], eos: frozenset[int]) -> float:
-    """Largest distance to plain transformers."""
-    chosen = list(reward.scored.items())[:: max(1, len(reward.scored) // CHECKED)]
+def error(reward: Recorded, model: Any, prompt: list[int], eos: frozenset[int], checked: int) -> float:
+    """Largest distance to plain transformers, over about so many texts."""
+    chosen = list(reward.scored.items())[:: max(1, len(reward.scored) // checked)]
     rows = [([*prompt, *(token for token in ids if token not in eos)], value) for ids, value in chosen]
     return max(abs(float(model(torch.tensor([ids])).logits[0, 0]) - value) for ids, value in rows)
 
@@ -95,18 +97,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--step", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=[*SEARCHES])
+    parser.add_argument("--checked", type=int, default=64, help="texts that plain transformers reads again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     lm: Any = dts.load("smollm2-135m", device="cpu")
     prompts = [lm.encode(example.prompt) for example in load_task("keyword", num_samples=options.prompts).examples]
-    for name, model in {"tiny llama": tiny(lm), "smollm2-135m": headed(lm)}.items():
+    for name in options.models:
+        model = MODELS[name](lm)
         for index, prompt in enumerate(prompts):
-            for asked, method in SEARCHES.items():
+            for asked in options.searches:
                 reward = Recorded(model, lm.tokenizer)
                 reward.scored = {}
                 result = dts.decode(
-                    lm, prompt, reward=reward, method=method(options.rollouts), max_new_tokens=options.tokens,
+                    lm, prompt, reward=reward, method=SEARCHES[asked](options.rollouts), max_new_tokens=options.tokens,
                     seed=index,
                 )  # fmt: skip
                 row = counts(reward, prompt, options.tokens, options.step, lm.eos_ids)
@@ -114,7 +120,8 @@ def main() -> None:
                 about = {"reward_model": name, "prompt": index, "prompt_tokens": len(prompt), "asked_about": asked}
                 found = {"tree_tokens": len(result.tree) - 1, **row, "fewer_than_steps": ratio}
                 found["spread"] = round(statistics.pstdev(reward.scored.values()), 3)
-                print(json.dumps({**about, **found, "error": error(reward, model, prompt, lm.eos_ids)}), flush=True)
+                found["error"] = error(reward, model, prompt, lm.eos_ids, options.checked)
+                print(json.dumps({**about, **found}), flush=True)
 
 
 if __name__ == "__main__":
