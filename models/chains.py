@@ -15,19 +15,20 @@ from transformers import DynamicCache
 from dts.models.sessions import TreeSession
 from dts.models.view import ModelView
 
-Chain = tuple[int, Sequence[int]]  # the slot that it follows, and its tokens
+Tokens = tuple[int, ...]
+Chain = tuple[int, Tokens]  # the slot that it follows, and its tokens
 
 
-def chains_of(starts: Sequence[int], rests: Sequence[Sequence[int]]) -> list[Chain]:
+def chains_of(starts: Sequence[int], rests: Sequence[Tokens]) -> list[Chain]:
     """What can be sent first of these tokens, each after its slot: up to where tokens after the same slot part."""
-    together: dict[tuple[int, int], list[Sequence[int]]] = {}
+    together: dict[tuple[int, int], list[Tokens]] = {}
     for slot, rest in zip(starts, rests, strict=True):
         if rest:
             together.setdefault((slot, rest[0]), []).append(rest)
     return [(slot, _common(min(group), max(group))) for (slot, _), group in together.items()]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> Sequence[int]:
+def _common(one: Tokens, other: Tokens) -> Tokens:
     """The longest common beginning; of the first and the last in order it is that of all between."""
     length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return one[:length]

@@ -177,7 +177,7 @@ class TokenTree:
             for path, tail in zip(paths, tails, strict=True):
                 while len(path) <= len(tail) and (edge := (path[-1], tail[len(path) - 1])) in self._child:
                     path.append(self._child[edge])
-            rests = [tail[len(path) - 1 : len(path) - 1 + LONGEST] for path, tail in zip(paths, tails, strict=True)]
+            rests = [tuple(tail[len(path) - 1 :][:LONGEST]) for path, tail in zip(paths, tails, strict=True)]
             chains = chains_of([path[-1] for path in paths], rests)
             if not chains:
                 return paths
