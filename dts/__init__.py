@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dts.generation import generate
     from dts.many import decode_many
     from dts.models.huggingface import load
+    from dts.models.rewards import ModelReward, load_reward
     from dts.rewards import (
         CheckMonotone,
         Confidence,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         minimum,
         weighted_sum,
     )
+    from dts.rewards.judge import JudgeReward
     from dts.settings import Budget
     from dts.timeout import with_timeout
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # Public names and where they live. Imported on first use: `import dts` must stay quick.
 _HOMES = {
     "load": "dts.models.huggingface",
+    **dict.fromkeys(["ModelReward", "load_reward"], "dts.models.rewards"),
     "decode": "dts.decoding",
     "decode_many": "dts.many",
     "generate": "dts.generation",
@@ -61,6 +64,7 @@ _HOMES = {
         ],
         "dts.rewards",
     ),
+    "JudgeReward": "dts.rewards.judge",
     "with_timeout": "dts.timeout",
 }
 
@@ -71,7 +75,9 @@ __all__ = [
     "Context",
     "DTSError",
     "Finished",
+    "JudgeReward",
     "ModelError",
+    "ModelReward",
     "Reward",
     "RewardError",
     "UnavailableError",
@@ -83,6 +89,7 @@ __all__ = [
     "gate",
     "generate",
     "load",
+    "load_reward",
     "minimum",
     "weighted_sum",
     "with_timeout",

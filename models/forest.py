@@ -184,7 +184,7 @@ def archive_rows(prompt: Prefix, max_bytes: int | None, *, lanes: int, max_lengt
     """Tokens of idle branches that a memory bound leaves room for beside a prompt and its lanes."""
     if max_bytes is None:
         return None
-    token = prompt.nbytes // len(prompt)
+    token = prompt.token_bytes
     needed = token * (len(prompt) + lanes * max_length)
     if needed > max_bytes:
         raise UsageError(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dts.errors import UsageError
 from dts.lm import Batch
+from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
 from dts.models.forest import Forest, Place, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
@@ -149,7 +149,7 @@ class HFModel:
     def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
         """Lanes that fit into the bound, or into half of the device's free memory."""
         token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
-        free = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
+        free = max_kv_bytes if max_kv_bytes is not None else free_bytes(self.device) // 2
         return max(1, (free - token * prompt_tokens) // (token * max_new_tokens))
 
     def open(
@@ -193,7 +193,7 @@ class HFModel:
         if self._tree_problem() is not None:
             return None
         token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
-        bound = max_kv_bytes if max_kv_bytes is not None else _free_bytes(self.device) // 2
+        bound = max_kv_bytes if max_kv_bytes is not None else free_bytes(self.device) // 2
         return TreeBatch(self, Room(bound, token, prompts, width, lane_length(max_new_tokens)), max_new_tokens)
 
     def grows_with_length(self, prompt_tokens: int, max_new_tokens: int) -> bool:
@@ -254,12 +254,6 @@ def _most(config: Any, name: str) -> int:
         value = [getattr(layer, name, None) for layer in config.per_layer_config]
     numbers = value if isinstance(value, (list, tuple)) else [value]
     return max((int(number) for number in numbers if number is not None), default=0)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -31,11 +31,13 @@ def load_pretrained(
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     quantization: str | None = None,
+    architecture: Any = None,
 ) -> tuple[Any, Any]:
     """The model, in eval mode and on its device, and its tokenizer, both plain Hugging Face objects.
 
     `device` defaults to CUDA, then MPS, then the CPU; `dtype` to float32 on the CPU and bfloat16 elsewhere.
     `device_map` (such as "auto") spreads the model and replaces `device`. `quantization` is "8bit" or "4bit".
+    `architecture`: what loads the model, with a method `from_pretrained`; None for causal language models.
     """
     spec = resolve(spec) if isinstance(spec, str) else spec
     where = pick_device(device)
@@ -43,6 +45,7 @@ def load_pretrained(
         "dtype": pick_dtype(dtype, where),
         "device_map": device_map,
         "trust_remote_code": trust_remote_code,
+        "architecture": architecture,
     }
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization, options["dtype"])
@@ -140,15 +143,21 @@ def _load(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
         ) from error
 
 
-def _from_pretrained(name: str, source: str, **options: Any) -> tuple[Any, Any]:
+def _from_pretrained(
+    name: str, source: str, *, architecture: Any = None, adapter_labels: int | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """adapter_labels: how many outputs the score head has that an adapter will bring; None for none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reading = {key: options[key] for key in ("trust_remote_code", "local_files_only")}
     tokenizer = AutoTokenizer.from_pretrained(source, **reading)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    if adapter_labels is not None:
+        options["num_labels"] = adapter_labels
+    model, report = (architecture or AutoModelForCausalLM).from_pretrained(
         source, use_safetensors=True, output_loading_info=True, **options
     )
-    if missing := sorted(report["missing_keys"]):  # transformers would continue with random numbers in their place
+    missing = sorted(key for key in report["missing_keys"] if not (adapter_labels and key.startswith("score.")))
+    if missing:  # transformers would continue with random numbers in their place
         raise UnavailableError(
             f"model {name!r}: {source} lacks {len(missing)} weights, the first of them {missing[0]}; get the "
             "complete checkpoint"
@@ -165,7 +174,8 @@ def _load_adapter(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
         )
     from peft import PeftModel
 
-    model, tokenizer = _load(_adapter_base(spec), options)
+    labels = _labels(Path(spec.source)) if options["architecture"] is not None else None
+    model, tokenizer = _load(_adapter_base(spec), {**options, "adapter_labels": labels})
     merged = PeftModel.from_pretrained(model, spec.source, local_files_only=True).merge_and_unload()
     if (Path(spec.source) / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -174,6 +184,15 @@ def _load_adapter(spec: ModelSpec, options: dict[str, Any]) -> tuple[Any, Any]:
             spec.source, local_files_only=True, trust_remote_code=options["trust_remote_code"]
         )
     return merged, tokenizer
+
+
+def _labels(adapter: Path) -> int | None:
+    """Outputs of the score head in an adapter; None where it has none."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        heads = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("score.weight")]  # noqa: SIM118
+    return int(heads[0]) if heads else None
 
 
 def _adapter_config(spec: ModelSpec) -> Path:

@@ -31,6 +31,11 @@ class Prefix:
         """Bytes of keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values of one token, also where it holds none."""
+        return sum(tensor.shape[0] * tensor.shape[2] * tensor.element_size() for tensor in (*self.keys, *self.values))
+
     def part(self, start: int, stop: int) -> Prefix:
         """A copy of some of its tokens, so that the rest can be given up."""
         kept = slice(start, stop)
@@ -58,10 +63,11 @@ class Segment:
         return self.start + len(self.held)
 
     def chain(self) -> list[Segment]:
-        """From the first token of the prompt to the end of this segment."""
+        """From the first token of the prompt to the end of this segment; none of them is empty."""
         found, segment = [], self
         while segment is not None:
-            found.append(segment)
+            if len(segment.held):
+                found.append(segment)
             segment = segment.parent  # type: ignore[assignment]
         return found[::-1]
 

@@ -80,6 +80,24 @@ class TreeSession:
                 forest.recompute(self, self.cache.missing(slot)[:1], reserved=[slot])
         return forest.logits(self._hidden[torch.tensor(list(slots), device=self._hidden.device)])
 
+    # -- what `dts.models.chains` calls ----------------------------------------------------------------------------
+
+    def held(self, slot: int) -> list[torch.Tensor]:
+        """Keys and values from the prompt's first token to this slot, [heads, tokens, dim] each, all keys first. What
+        was given up is sent again, and counted."""
+        forest = self.forest
+        assert self.prompt is not None
+        while lost := self.cache.missing(slot)[:1]:
+            forest.recompute(self, lost, reserved=[slot])
+        chain = self.prompt.chain()
+        prompt = zip(*((*segment.held.keys, *segment.held.values) for segment in chain), strict=True)
+        own = self.cache.read(slot)
+        return [torch.cat([*parts, tail], dim=1) for parts, tail in zip(prompt, own, strict=True)] if chain else own
+
+    def adopt(self, slot: int, tokens: Sequence[int], content: Sequence[torch.Tensor]) -> list[int]:
+        """New slots for tokens after a slot, with keys and values up to the last of them, as `held` would give them."""
+        return self.cache.adopt(slot, tokens, [column[:, self.cache.prefix_length :] for column in content])
+
     # -- what the forest calls -------------------------------------------------------------------------------------
 
     def keep(self, slots: Sequence[int], hidden: torch.Tensor) -> None:

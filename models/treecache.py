@@ -17,7 +17,8 @@ out a `LayerView`, which `dts.models.attention` reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +150,20 @@ class TreeCache:
         self._lanes.make_room(max(self._depth[slot] for slot in ordered))
         return ordered, [self._lane_of[slot] for slot in ordered]
 
+    def read(self, slot: int) -> list[torch.Tensor]:
+        """Keys and values of the path to a held slot, [heads, depth, dim] each, all keys before all values."""
+        return self._read(slot)
+
+    def adopt(self, slot: int, tokens: Sequence[int], content: Sequence[torch.Tensor]) -> list[int]:
+        """New slots after `slot`, computed elsewhere. content: of the whole path, as `read` would give it for the last
+        of them."""
+        new = list(itertools.accumulate(tokens, self.add, initial=slot))[1:]
+        self._clock += 1
+        lane = self._idle(self._path)
+        self._fill(lane, self._ancestors(new[-1]), list(content))
+        self._used_at[lane] = self._clock
+        return new
+
     def tokens(self, slots: Sequence[int]) -> list[int]:
         return [self._token[slot] for slot in slots]
 
@@ -194,12 +209,15 @@ class TreeCache:
         opened = [row for row, lane in enumerate(assigned) if lane == NONE]
         contents = [self._read(parents[row]) for row in opened]  # all of them, before a lane is given away
         for row, content in zip(opened, contents, strict=True):
-            free = [lane for lane in self._path if lane not in taken | reserved]
-            lane = min(free, key=lambda lane: (len(self._path[lane]) > 0, self._used_at[lane]))  # empty or oldest
+            lane = self._idle(lane for lane in self._path if lane not in taken | reserved)
             self._fill(lane, self._ancestors(parents[row]), content)
             assigned[row] = lane
             taken.add(lane)
         return assigned
+
+    def _idle(self, lanes: Iterable[int]) -> int:
+        """An empty one of these lanes, or the one that was used longest ago."""
+        return min(lanes, key=lambda lane: (len(self._path[lane]) > 0, self._used_at[lane]))
 
     def _read(self, slot: int) -> list[torch.Tensor]:
         """Keys and values of the path to `slot`, [heads, depth, dim] each, from a lane or from the archive."""

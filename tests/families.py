@@ -74,8 +74,27 @@ class ByteTokenizer:
     eos_token_id = 0
     chat_template = None
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [byte + 4 for byte in text.encode()]}
 
     def decode(self, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) -> str:
         return bytes(i - 4 for i in ids if i >= 4).decode(errors="replace")
+
+
+class PairTokenizer:
+    """Another vocabulary: 1 begins a text, two letters in a row are one token, other bytes one each. What a text's last
+    token is changes as the text grows."""
+
+    eos_token_id = 0
+    chat_template = None
+    vocab_size = 260 + 26 * 26
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [1] if add_special_tokens else []
+        data = text.encode()
+        while data:
+            one, other = data[0] - 97, data[1] - 97 if len(data) > 1 else -1
+            pair = 0 <= one < 26 and 0 <= other < 26
+            ids.append(260 + 26 * one + other if pair else data[0] + 4)
+            data = data[1 + pair :]
+        return {"input_ids": ids}

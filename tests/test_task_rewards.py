@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import ByteTokenizer, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -14,7 +13,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 import dts
 from dts.errors import UsageError
 from dts.evaluation import rewards
-from dts.models.huggingface import HFModel
 from dts.rewards import CheckMonotone, Context, Finished, Reward
 from dts.search import Sampling
 from dts.text import MAX_PENDING, TextState, advance, flush
@@ -438,12 +436,7 @@ def test_reward_model_gives_its_raw_output(classifier):
     assert not reward.monotone and reward.earned([None]) == [-np.inf]
 
 
-def test_likelihood_equals_the_model_own_logprob():
-    class Bytes(ByteTokenizer):
-        def __call__(self, text, add_special_tokens=True):
-            return super().__call__(text)
-
-    tiny_lm = HFModel(random_model("llama"), Bytes(), name="tiny")
+def test_likelihood_equals_the_model_own_logprob(tiny_lm):
     reward = rewards.LikelihoodReward(tiny_lm, batch_size=2)
     result = dts.decode(tiny_lm, "ab", reward=reward, method=Sampling(5), max_new_tokens=6, seed=3)
     for one in result.completions:
