@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dts.search.choice import Choice
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import Path, Plain, rollouts
+from dts.search.readings import Readings, most_likely
 from dts.settings import Budget, check_whole
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class _MostLikely(Plain):
         tree = self.search.tree
         return tree.first_child[path.node] if tree.n_children[path.node] else Choice.EXPAND
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
-        return self.search.most_likely([path.node for path in paths])
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
+        return most_likely(self.search, [path.node for path in paths])
 
 
 def check_size(option: str, value: int) -> None:

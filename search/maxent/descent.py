@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from dts.logspace import draw, logsumexp
 from dts.results import Estimate
+from dts.search import readings
 from dts.search.choice import Choice
 from dts.search.maxent.lookahead import Source, look_ahead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
+from dts.search.readings import Readings
 from dts.softvalue import SoftValues
 from dts.tree import ROOT
 from dts.visits import Visits
@@ -70,10 +72,11 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
 
 def _draw(
     search: Search, source: Source | None, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
-) -> list[int]:
+) -> Readings[list[int]]:
     """A new child for each path's node, from p times exp(tilt), valued at once."""
     known = len(search.tree)
-    children = search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
+    uniforms = [path.rng.random() for path in paths]
+    children = yield from readings.draw(search, [path.node for path in paths], uniforms, tilts)
     if source:
         source.value([child for child in dict.fromkeys(children) if child >= known])
     return children
@@ -103,8 +106,8 @@ class Sampler(Plain):
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._source, self._values, nodes, self._lookahead)
+    def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        return look_ahead(self.search, self._source, self._values, nodes, self._lookahead)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -124,10 +127,10 @@ class Sampler(Plain):
             self._visits.enter(option.to)
         return option.to
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
-        children = _draw(self.search, self._source, paths, by_token)
+        children = yield from _draw(self.search, self._source, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
@@ -172,8 +175,8 @@ class Optimiser(Plain):
         self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        look_ahead(self.search, self._source, self._guide, nodes, self._lookahead)
+    def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        return look_ahead(self.search, self._source, self._guide, nodes, self._lookahead)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
@@ -217,7 +220,7 @@ class Optimiser(Plain):
     def _scaled(self, value: float) -> float:
         return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
         return _draw(self.search, self._source, paths, by_token)

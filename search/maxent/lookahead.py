@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dts.foresight import Gain
+from dts.search.readings import Readings, top
 from dts.softvalue import SoftValues
 
 if TYPE_CHECKING:
@@ -110,16 +111,14 @@ def source_for(search: Search, model: ValueModel | None) -> Source | None:
     return Scored(search, model) if model is not None else None
 
 
-def look_ahead(search: Search, source: Source | None, values: SoftValues, nodes: Sequence[int], tokens: int) -> None:
+def look_ahead(
+    search: Search, source: Source | None, values: SoftValues, nodes: Sequence[int], tokens: int
+) -> Readings[None]:
     """Tell `values` what the `tokens` likeliest tokens of each of these evaluated nodes gain."""
     if not tokens or source is None or not nodes:
         return
-    p, candidates = search.probabilities(nodes).topk(min(tokens, search.lm.vocab_size), dim=-1)  # [B, tokens]
-    log_p, chosen = p.log().tolist(), candidates.tolist()
-    tries = [
-        [(token, log) for token, log in zip(*row, strict=True) if log > -700.0]
-        for row in zip(chosen, log_p, strict=True)
-    ]
+    likeliest = yield from top(search, nodes, tokens)
+    tries = [[(token, log) for token, log in row if log > -700.0] for row in likeliest]
     pairs = [(node, token) for node, row in zip(nodes, tries, strict=True) for token, _ in row]
     promises = iter(source.after([node for node, _ in pairs], [token for _, token in pairs]))
     for node, row in zip(nodes, tries, strict=True):

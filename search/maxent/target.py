@@ -11,6 +11,7 @@ import numpy as np
 from dts.logspace import draw, logsumexp
 from dts.results import Completion, Estimate, LogZ
 from dts.search.paths import Path, advance
+from dts.search.readings import alone
 from dts.search.sampling import Ancestral
 from dts.softvalue import SoftValues
 
@@ -38,7 +39,7 @@ def _draw(search: Search, values: SoftValues, k: int, seed: int) -> list[Complet
     while waiting or active:
         while waiting and len(active) < fork.batch_size:
             active.append(waiting.pop(0))
-        active = advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended]))
+        active = alone(advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended])))
         if active:
             fork.evaluate(list(dict.fromkeys(path.node for path in active)))
     return [fork.completion(path.node) for path in paths]
