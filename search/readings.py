@@ -151,13 +151,16 @@ def distributions(asked: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor
     but for their seeds."""
     missing = [(search, new) for search, nodes in asked if (new := search.unread(nodes))]
     if missing:
-        p = _softmax(missing)
-        if len(p) == sum(len(nodes) for _, nodes in asked):
-            return p
-    return torch.stack([row for search, nodes in asked for row in search.read(nodes)])
+        _softmax(missing)
+    kept = [row for search, nodes in asked for row in search.read(nodes)]
+    p, rows = kept[0][0], [row for _, row in kept]
+    if any(other is not p for other, _ in kept):
+        return torch.stack([other[row] for other, row in kept])
+    return p if rows == list(range(len(p))) else p[torch.tensor(rows, device=p.device)]
 
 
-def _softmax(missing: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor:
+def _softmax(missing: Sequence[tuple[Search, Sequence[int]]]) -> None:
+    """Let searches keep p of nodes."""
     logits = [search.logits(nodes) for search, nodes in missing]
     early: list[int] = []
     first = 0
@@ -167,10 +170,10 @@ def _softmax(missing: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor:
     some = missing[0][0]
     forbidden = early, sorted(some.lm.eos_ids)
     p = some.decoding.probabilities(logits[0] if len(logits) == 1 else torch.cat(logits), forbidden)
-    rows = iter(p)
+    first = 0
     for search, nodes in missing:
-        search.keep([(node, next(rows)) for node in nodes])
-    return p
+        search.keep(nodes, p, first)
+        first += len(nodes)
 
 
 # -- columns that are read ---------------------------------------------------------------------------------------------

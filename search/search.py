@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Search:
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
         self._states: list[State] = [reward.start(context)]  # reward state by node
-        self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
+        self._rows: dict[int, tuple[torch.Tensor, int]] = {}  # p by node, kept until the next forward call
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._started = time.perf_counter()
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
@@ -100,12 +100,12 @@ class Search:
         """Those of these nodes whose p is not kept, each once."""
         return [n for n in dict.fromkeys(nodes) if n not in self._rows]
 
-    def keep(self, rows: Iterable[tuple[int, torch.Tensor]]) -> None:
-        """Keep p, [V], of these nodes until the next forward call."""
-        self._rows.update(rows)
+    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int) -> None:
+        """Keep p of these nodes until the next forward call: rows of `p` [B, V], from `first` on."""
+        self._rows.update((node, (p, first + index)) for index, node in enumerate(nodes))
 
-    def read(self, nodes: Sequence[int]) -> list[torch.Tensor]:
-        """What is kept of these nodes."""
+    def read(self, nodes: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Where p of these nodes is kept: a tensor [B, V] and a row of it."""
         return [self._rows[n] for n in nodes]
 
     def too_early(self, nodes: Sequence[int]) -> list[int]:
