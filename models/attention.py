@@ -128,16 +128,18 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of B paths over their prompts and their own lanes.
 
-    query: [1, query heads, B, dim]. Returns [1, B, query heads, dim].
+    query: [1, query heads, B, dim] or [B, query heads, 1, dim]. s_aux: attention sinks, a score [query heads] of
+    nothing. Returns [1, B, query heads, dim] or [B, 1, query heads, dim].
     """
     step, view = key.step, key
     _, heads, _, dim = view.lane_keys.shape
-    groups, width, span = query.shape[1] // heads, step.width, step.span
-    rows = query[0]  # [query heads, B, dim]
+    groups, width, span, size = query.shape[1] // heads, step.width, step.span, view.lane_values.shape[3]
+    rows = query.transpose(0, 1).flatten(1, 2)  # [query heads, B, dim]
     if not step.dense:
         lanes, _ = step.indices(query.device)
         lanes = lanes - step.first
@@ -160,17 +162,20 @@ def tree_attention(
         capped(torch.bmm(_rows_of(rows, ranges, groups), keys.transpose(1, 2)))
         for ranges, keys in zip(step.readers, view.prefix_keys, strict=True)
     ]
-    lane_weights, span_weights = _weights(
-        step, on_lanes.transpose(0, 1).reshape(heads, -1, span), on_spans, prefix_mask, query.dtype
-    )
+    own = on_lanes.transpose(0, 1).reshape(heads, width * groups, span)
+    if s_aux is not None:  # one more column that has no value
+        sinks = s_aux.float().view(heads, 1, groups, 1).expand(heads, width, groups, 1)
+        own = torch.cat([own, sinks.reshape(heads, width * groups, 1)], dim=-1)
+    lane_weights, span_weights = _weights(step, own, on_spans, prefix_mask, query.dtype)
+    lane_weights = lane_weights[..., :span]
     by_lane = lane_weights.reshape(heads, width, groups, span).transpose(0, 1)
-    output = torch.matmul(by_lane, lane_values).transpose(0, 1).reshape(heads, width * groups, dim)
+    output = torch.matmul(by_lane, lane_values).transpose(0, 1).reshape(heads, width * groups, size)
     for ranges, weights, values in zip(step.readers, span_weights, view.prefix_values, strict=True):
         _add_rows(output, torch.bmm(weights, values), ranges, groups)
-    output = output.view(heads, width, groups, dim).transpose(0, 1).reshape(width, heads * groups, dim)
+    output = output.view(heads, width, groups, size).transpose(0, 1).reshape(width, heads * groups, size)
     if not step.dense:
         output = output.index_select(0, lanes)
-    return output[None].contiguous(), None  # some families take a view of it
+    return output.reshape(query.shape[0], query.shape[2], *output.shape[1:]).contiguous(), None  # views are taken of it
 
 
 def _rows_of(rows: torch.Tensor, ranges: Sequence[tuple[int, int]], groups: int) -> torch.Tensor:
@@ -195,9 +200,9 @@ def _weights(
     prefix_mask: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Softmax of scores [heads, width * groups, span] over the lanes and [heads, readers * groups, tokens] over each
+    """Softmax of scores [heads, width * groups, columns] over the lanes and [heads, readers * groups, tokens] over each
     span, block by block, so that no prompt is padded to the length of another. Returns weights of the same shapes."""
-    heads, groups, span = on_lanes.shape[0], on_lanes.shape[1] // step.width, on_lanes.shape[2]
+    heads, groups, columns = on_lanes.shape[0], on_lanes.shape[1] // step.width, on_lanes.shape[2]
     of_lanes: list[torch.Tensor] = []
     of_spans: list[list[torch.Tensor]] = [[] for _ in on_spans]
     for block in step.blocks:
@@ -205,10 +210,10 @@ def _weights(
         parts = [on_spans[index][:, before * groups : before * groups + count] for index, before in block.parts]
         scores = torch.cat([*parts, on_lanes[:, first : first + count]], dim=-1)
         if prefix_mask is not None:
-            length = scores.shape[2] - span
+            length = scores.shape[2] - columns
             hidden = prefix_mask[block.start : block.stop, None, :length]
-            scores.view(heads, -1, groups, length + span)[..., :length].masked_fill_(hidden, -torch.inf)
-        *found, own = scores.softmax(-1).to(dtype).split([*(part.shape[2] for part in parts), span], dim=-1)
+            scores.view(heads, -1, groups, length + columns)[..., :length].masked_fill_(hidden, -torch.inf)
+        *found, own = scores.softmax(-1).to(dtype).split([*(part.shape[2] for part in parts), columns], dim=-1)
         of_lanes.append(own)
         for (index, _), weights in zip(block.parts, found, strict=True):
             of_spans[index].append(weights)
