@@ -27,7 +27,7 @@ class Session(Protocol):
         """Forward one token after each parent slot, all in one call. (parent, token) pairs are distinct."""
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
-        """Next-token logits after these slots, [len(slots), vocab]."""
+        """Next-token logits after these slots, [len(slots), vocab]. Not to be written to."""
 
 
 class Batch(Protocol):

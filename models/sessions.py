@@ -73,7 +73,7 @@ class TreeSession:
     @torch.inference_mode()
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         if all(slot in self._fresh_row for slot in slots):
-            return self._fresh[_index([self._fresh_row[slot] for slot in slots], self._fresh.device)].clone()
+            return self._fresh[_index([self._fresh_row[slot] for slot in slots], self._fresh.device)]
         forest = self.forest
         for slot in slots:
             while slot in self._unheard:

@@ -13,7 +13,8 @@ from typing import Any
 
 from dts.lm import Batch, LanguageModel, Session
 from dts.results import Result, Usage
-from dts.search.method import Method, Run
+from dts.search.method import GeneratorRun, Method, Run
+from dts.search.readings import answer
 from dts.search.run import conclude, next_nodes
 from dts.search.search import Search
 from dts.settings import Budget
@@ -61,6 +62,7 @@ class Many:
     def step(self) -> list[Ended]:
         """Send new prompts as far as they go, ask every search, and forward what they ask for. Returns what ended."""
         ended = self._open()
+        self._read()
         asked = []
         for key, lane in list(self._under_way.items()):
             try:
@@ -99,6 +101,12 @@ class Many:
     def _usage(self) -> Usage:
         """What all searches so far have cost, as far as it can be limited."""
         return _sum([self._past, *(lane.search.usage for lane in self._under_way.values())])
+
+    def _read(self) -> None:
+        """Answer what the runs have to read before they can ask, all of them together."""
+        runs = [lane.run for lane in self._under_way.values() if isinstance(lane.run, GeneratorRun)]
+        while readings := [reading for run in runs if (reading := run.reading()) is not None]:
+            answer(readings)
 
     # -- one prompt ------------------------------------------------------------------------------------------------
 

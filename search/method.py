@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from dts.results import Estimate
+from dts.search.readings import Reading, answer
 from dts.settings import Budget
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Method(Protocol):
         """A run that grows the tree of `search`."""
 
 
-# Yields the nodes to evaluate, one batch after another; returns whether a budget cut it short.
-Steps = Generator[Sequence[int], None, bool | None]
+# Yields the nodes to evaluate, one batch after another, and what it has to read of distributions that are at hand;
+# returns whether a budget cut it short.
+Steps = Generator[Sequence[int] | Reading, None, bool | None]
 
 
 class GeneratorRun:
@@ -73,14 +75,33 @@ class GeneratorRun:
         cut: Sequence[int] = (),
     ) -> None:
         self._search, self._steps, self._rank, self._estimate, self._cut = search, steps, rank, estimate, cut
+        self._next: list[Sequence[int] | Reading | Exception | None] = []  # of the steps, for `ask`
         self._cut_short = True  # until the generator ends by itself and says otherwise
 
-    def ask(self) -> Sequence[int] | None:
+    def reading(self) -> Reading | None:
+        """What has to be answered before the run can say which nodes it needs; None when `ask` can say it at once. To
+        ask for it is never needed: it lets the caller answer several runs together."""
+        if not self._next or (isinstance(self._next[0], Reading) and self._next[0].answered):
+            self._next = [self._step()]
+        return self._next[0] if isinstance(self._next[0], Reading) else None
+
+    def _step(self) -> Sequence[int] | Reading | Exception | None:
         try:
             return next(self._steps)
         except StopIteration as end:
             self._cut_short = bool(end.value)
             return None
+        except Exception as error:  # for `ask` to raise
+            return error
+
+    def ask(self) -> Sequence[int] | None:
+        while (reading := self.reading()) is not None:
+            answer([reading])
+        found = self._next.pop()
+        if isinstance(found, Exception):
+            raise found
+        assert not isinstance(found, Reading)
+        return found
 
     def outcome(self) -> Outcome:
         ranked = self._rank() if self._rank else by_reward(self._search)

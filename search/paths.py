@@ -6,13 +6,14 @@ the batch at once and the next one takes its place, so forward calls stay full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dts.search.choice import Choice
+from dts.search.readings import Reading, Readings, draw
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Policy(Protocol):
     def distinct(self) -> bool:
         """A path that comes to a node which another is expanding waits until the new child is there, then selects."""
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        """These nodes were evaluated."""
+    def arrived(self, nodes: Sequence[int]) -> Iterable[Reading]:
+        """These nodes were evaluated. Yields what has to be read."""
 
     def launch(self, path: Path) -> None:
         """A path is about to choose at the root."""
@@ -46,8 +47,8 @@ class Policy(Protocol):
     def select(self, path: Path) -> int | Choice:
         """A child of the path's node, EXPAND, BLOCKED or PRUNED."""
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
-        """A new child for each path's node."""
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
+        """A new child for each path's node. Yields what has to be read."""
 
     def prunes(self, path: Path) -> bool:
         """Whether a path that has just entered its node should end there, unfinished."""
@@ -64,14 +65,14 @@ class Plain:
     def __init__(self, search: Search) -> None:
         self.search = search
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        pass
+    def arrived(self, nodes: Sequence[int]) -> Iterable[Reading]:
+        return ()
 
     def launch(self, path: Path) -> None:
         pass
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
-        return self.search.draw([path.node for path in paths], [path.rng.random() for path in paths])
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
+        return draw(self.search, [path.node for path in paths], [path.rng.random() for path in paths])
 
     def prunes(self, path: Path) -> bool:
         return False
@@ -97,14 +98,14 @@ def rollouts(search: Search, policy: Policy) -> Steps:
             for path in finished[: len(search.rollouts) - recorded]:
                 policy.learn(path)
 
-    policy.arrived([ROOT])
+    yield from policy.arrived([ROOT])
     while True:
         room = 0 if blocked else search.batch_size - len(paths)
         new = room if limit is None else min(room, limit - launched)
         paths += [Path(search.rng(streams + i)) for i in range(new)]
         launched, streams = launched + new, streams + new
         under_way, before = len(paths), len(search.rollouts)
-        paths = advance(search, policy, paths, end)
+        paths = yield from advance(search, policy, paths, end)
         if search.exhausted():
             return bool(paths) or limit is None or len(search.rollouts) < limit
         # A path that finds nothing left to do is no rollout; wait for another to end before the next try. One that
@@ -120,10 +121,12 @@ def rollouts(search: Search, policy: Policy) -> Steps:
             return False
         nodes = list(dict.fromkeys(path.node for path in paths))
         yield nodes
-        policy.arrived(nodes)
+        yield from policy.arrived(nodes)
 
 
-def advance(search: Search, policy: Policy, paths: list[Path], end: Callable[[list[Path]], None]) -> list[Path]:
+def advance(
+    search: Search, policy: Policy, paths: list[Path], end: Callable[[list[Path]], None]
+) -> Readings[list[Path]]:
     """Move every path to a node that must be forwarded, or to its end; returns those that wait for a forward call."""
     waiting: list[Path] = []
     while paths:
@@ -136,7 +139,7 @@ def advance(search: Search, policy: Policy, paths: list[Path], end: Callable[[li
                 busy.add(path.node)
         expanding = stopped[Choice.EXPAND]
         if expanding:
-            _expand(search, policy, expanding)
+            yield from _expand(search, policy, expanding)
         ended = stopped[Choice.PRUNED]
         for path in stopped[None] + expanding:
             over = search.tree.terminal[path.node] or policy.prunes(path)
@@ -167,9 +170,10 @@ def _descend(search: Search, policy: Policy, path: Path, busy: set[int]) -> Choi
     return None
 
 
-def _expand(search: Search, policy: Policy, paths: list[Path]) -> None:
+def _expand(search: Search, policy: Policy, paths: list[Path]) -> Readings[None]:
     """Give each path a new child of its node."""
-    for path, child in zip(paths, policy.expand(paths), strict=True):
+    children = yield from policy.expand(paths)
+    for path, child in zip(paths, children, strict=True):
         if path.left_at is None:
             path.left_at = search.tree.depth[path.node]
         path.node = child

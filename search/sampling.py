@@ -12,6 +12,7 @@ from dts.search.choice import Choice
 from dts.search.earlyend import Confident, EarlyEnd
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import Path, Plain, Policy, rollouts
+from dts.search.readings import Readings, most_likely
 from dts.settings import Budget, check_whole
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class _MostLikely(Plain):
         tree = self.search.tree
         return tree.first_child[path.node] if tree.n_children[path.node] else Choice.EXPAND
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
-        return self.search.most_likely([path.node for path in paths])
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
+        return most_likely(self.search, [path.node for path in paths])
 
 
 def check_size(option: str, value: int) -> None:

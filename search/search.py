@@ -19,6 +19,7 @@ from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.processors import Processors
 from dts.results import Completion, Rollout
 from dts.rewards import Context, Finished, Reward, State
+from dts.search.readings import alone, distributions, draw, most_likely
 from dts.search.scoring import BudgetSpent, Scoring
 from dts.settings import Budget, Decoding
 from dts.stops import Stops, special_tokens
@@ -47,7 +48,7 @@ class Search:
         self._finished_by: dict[int, str] = {}
         self._scoring, self._started = Scoring(reward, self.usage), time.perf_counter()
         self._states: list[State] = [self._scoring.start(context)]  # reward state by node
-        self._rows: dict[int, torch.Tensor] = {}  # p by node, [V], kept until the next forward call
+        self._rows: dict[int, tuple[torch.Tensor, int]] = {}  # p by node, kept until the next forward call
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
@@ -88,34 +89,44 @@ class Search:
 
     def probabilities(self, nodes: Sequence[int]) -> torch.Tensor:
         """p(. | node) in float64, [len(nodes), V], of evaluated nodes. Not to be written to."""
-        missing = [n for n in dict.fromkeys(nodes) if n not in self._rows]
-        if missing:
-            logits = self.session.logits([self.tree.slot[n] for n in missing])
-            if self.decoding.logits_processor is not None:
-                logits = self._process(self.tree, self._prompt_ids, missing, logits)
-            rows = self.decoding.probabilities(logits, self._too_early(missing))
-            self._require_distributions(missing, rows)
-            self._rows.update(zip(missing, rows, strict=True))
-            if len(missing) == len(nodes):
-                return rows
-        return torch.stack([self._rows[n] for n in nodes])
+        p = distributions([(self, nodes)])
+        wrong = p[:, 0].isnan()  # softmax makes the whole row NaN
+        if wrong.any():
+            raise self.no_distribution(nodes[int(wrong.nonzero()[0, 0])])
+        return p
 
-    def _require_distributions(self, nodes: Sequence[int], p: torch.Tensor) -> None:
-        """Softmax makes the whole row NaN where one logit is NaN or infinite, or all are minus infinity."""
-        if not p[:, 0].isnan().any():
-            return
-        node = nodes[int(p[:, 0].isnan().nonzero()[0, 0])]
+    def logits(self, nodes: Sequence[int]) -> torch.Tensor:
+        """What the model and the logits processors say after these evaluated nodes, [len(nodes), V]."""
+        logits = self.session.logits([self.tree.slot[n] for n in nodes])
+        if self.decoding.logits_processor is not None:
+            logits = self._process(self.tree, self._prompt_ids, nodes, logits)
+        return logits
+
+    def unread(self, nodes: Sequence[int]) -> list[int]:
+        """Those of these nodes whose p is not kept, each once."""
+        return [n for n in dict.fromkeys(nodes) if n not in self._rows]
+
+    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int) -> None:
+        """Keep p of these nodes until the next forward call: rows of `p` [B, V], from `first` on."""
+        self._rows.update((node, (p, first + index)) for index, node in enumerate(nodes))
+
+    def read(self, nodes: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Where p of these nodes is kept: a tensor [B, V] and a row of it."""
+        return [self._rows[n] for n in nodes]
+
+    def too_early(self, nodes: Sequence[int]) -> list[int]:
+        """The rows in which EOS must not come yet."""
+        depth, least = self.tree.depth, self.decoding.min_new_tokens
+        return [row for row, node in enumerate(nodes) if depth[node] < least]
+
+    def no_distribution(self, node: int) -> ModelError:
+        """What to raise where p is NaN: one logit is NaN or infinite, or all are minus infinity."""
         text = self._decode([*self._prompt_ids, *self.tree.tokens(node)])
-        raise ModelError(
+        return ModelError(
             f"{self.lm.name} gave logits with NaN or infinities, or none that is allowed, at node {node} of the tree, "
             f"{self.tree.depth[node]} tokens after the prompt, after {text[-200:]!r}; try dtype float32, or look at "
             "the weights and the logits processor"
         )
-
-    def _too_early(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The rows in which EOS must not come yet, and its ids."""
-        depth, least = self.tree.depth, self.decoding.min_new_tokens
-        return [row for row, node in enumerate(nodes) if depth[node] < least], sorted(self.lm.eos_ids)
 
     def glance(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """What each of these nodes would promise after one more token, without the model. The reward's states are kept
@@ -142,40 +153,19 @@ class Search:
 
         A node may be named several times; draws from it are independent, and equal ones share a child.
         """
-        p, mass = self._outside(nodes)
-        cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
-        target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
-        return self._grown(nodes, tokens, p, mass)
+        return alone(draw(self, nodes, uniforms, tilts))
 
     def most_likely(self, nodes: Sequence[int]) -> list[int]:
         """A new child for each of these evaluated nodes: the likeliest token that is no child yet."""
-        p, mass = self._outside(nodes)
-        return self._grown(nodes, mass.argmax(-1, keepdim=True), p, mass)
+        return alone(most_likely(self, nodes))
 
-    def _outside(self, nodes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """p(. | node), and the same with 0 for tokens that are children, [len(nodes), V] each."""
-        known = [[self.tree.token[c] for c in self.tree.children(node)] for node in nodes]
-        p = mass = self.probabilities(nodes)
-        if any(known):
-            mass = p.clone()
-            for row, tokens_of_row in enumerate(known):
-                mass[row, tokens_of_row] = 0.0
-        return p, mass
-
-    def _grown(self, nodes: Sequence[int], tokens: torch.Tensor, p: torch.Tensor, mass: torch.Tensor) -> list[int]:
-        """The children of `nodes` with these `tokens`, [len(nodes), 1]."""
-        pairs = list(zip(nodes, tokens[:, 0].tolist(), strict=True))
-        log_p = p.gather(-1, tokens)[:, 0].log().tolist()
-        rest = mass.scatter(-1, tokens, 0.0).sum(-1).log().tolist()
-        first_row = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
-        new = {}  # (node, token): log p and the mass that stays outside the children
-        drawn: dict[int, list[int]] = {}
-        for (node, token), row in sorted(first_row.items(), key=lambda item: item[1]):
-            drawn.setdefault(node, []).append(token)
-            if len(drawn[node]) > 1:
-                rest[row] = float(mass[row].index_fill(0, torch.tensor(drawn[node], device=mass.device), 0).sum().log())
-            new[node, token] = log_p[row], min(rest[row], 0.0)
+    def grow(
+        self, nodes: Sequence[int], tokens: Sequence[int], log_p: Sequence[float], rest: Sequence[float]
+    ) -> list[int]:
+        """The children of `nodes` with these new tokens; equal ones are one child. log_p: of the tokens. rest: log of
+        the mass that stays outside the children."""
+        pairs = list(zip(nodes, tokens, strict=True))
+        new = {pair: (log, min(left, 0.0)) for pair, log, left in zip(pairs, log_p, rest, strict=True)}
         child_of = dict(zip(new, self._add(new), strict=True))
         return [child_of[pair] for pair in pairs]
 
@@ -353,14 +343,3 @@ class Search:
         other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}
         other._stops, other._process = self._stops.copy(), self._process.copy()
         return other
-
-
-def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.Tensor:
-    """Rows of `mass` [B, V] times exp(tilt), up to a factor for each row: in logs, so that no tilt overflows."""
-    mass = mass.clone()
-    for row, tilt in zip(mass, tilts, strict=True):
-        if tilt:
-            log = row.log()
-            log[list(tilt)] += torch.tensor(list(tilt.values()), dtype=mass.dtype, device=mass.device)
-            row.copy_((log - log.max()).exp())
-    return mass

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dts.errors import UsageError
 from dts.search.choice import Choice
 from dts.search.paths import Path
+from dts.search.readings import Reading, Readings
 from dts.search.sampling import Ancestral
 from dts.tree import ROOT
 
@@ -35,13 +36,15 @@ def evaluate(search: Search, nodes: Sequence[int]) -> Iterator[Sequence[int]]:
         yield missing[start : start + search.batch_size]
 
 
-def grow(search: Search, records: Records, paths: Sequence[Path], segment: Segment) -> Iterator[Sequence[int]]:
+def grow(
+    search: Search, records: Records, paths: Sequence[Path], segment: Segment
+) -> Iterator[Sequence[int] | Reading]:
     """Move every path to the end of its next segment by draws from p. Paths that end are recorded as they do."""
     ends = {id(path): _segment_end(search, path.node, segment) for path in paths}
     moving = list(paths)
     while moving and not search.exhausted():
         yield from evaluate(search, [path.node for path in moving])
-        _one_token(search, moving)
+        yield from _one_token(search, moving)
         records.add([path.node for path in moving if search.tree.terminal[path.node]])
         moving = [
             path
@@ -61,11 +64,11 @@ def _position(search: Search, node: int, segment: Segment) -> int:
     return search.finished(node).text.count(segment) if node != ROOT else 0
 
 
-def _one_token(search: Search, paths: Sequence[Path]) -> None:
+def _one_token(search: Search, paths: Sequence[Path]) -> Readings[None]:
     policy = Ancestral(search)
     choices = [policy.select(path) for path in paths]
     expanding = [path for path, choice in zip(paths, choices, strict=True) if isinstance(choice, Choice)]
-    drawn = iter(policy.expand(expanding) if expanding else [])
+    drawn = iter((yield from policy.expand(expanding)) if expanding else [])
     for path, choice in zip(paths, choices, strict=True):
         path.node = next(drawn) if isinstance(choice, Choice) else choice
 

@@ -16,6 +16,7 @@ from dts.results import Estimate, LogZ
 from dts.search import GeneratorRun, Run, Search
 from dts.search.choice import Choice
 from dts.search.paths import Path, Plain, rollouts
+from dts.search.readings import Readings
 from dts.search.sampling import Ancestral, check_size
 from dts.settings import Budget
 from dts.softvalue import log_factor
@@ -73,8 +74,8 @@ class _Policy(Plain):
     def _known_children(self, node: int) -> list[int]:
         return [child for child in self.search.tree.children(node) if child in self._value]
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
-        children = super().expand(paths)
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
+        children = yield from super().expand(paths)
         self._draws |= dict.fromkeys(children, 1)
         return children
 

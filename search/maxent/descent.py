@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from dts.logspace import draw, logsumexp
 from dts.results import Estimate
+from dts.search import readings
 from dts.search.choice import Choice
 from dts.search.maxent.branching import Brancher
 from dts.search.maxent.lookahead import LookAhead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
+from dts.search.readings import Readings
 from dts.softvalue import SoftValues
 from dts.tree import ROOT
 from dts.visits import Visits
@@ -71,10 +73,13 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
     return draw(found, [option.log_p if by_p else option.log_value for option in found], uniform)
 
 
-def _draw(search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]) -> list[int]:
+def _draw(
+    search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
+) -> Readings[list[int]]:
     """A new child for each path's node, from p times exp(tilt), valued at once."""
     known = len(search.tree)
-    children = search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
+    uniforms = [path.rng.random() for path in paths]
+    children = yield from readings.draw(search, [path.node for path in paths], uniforms, tilts)
     ahead.value([child for child in dict.fromkeys(children) if child >= known])
     return children
 
@@ -102,8 +107,9 @@ class Sampler(Plain):
         self._values = SoftValues(search.tree, reward_scale, self._visits)
         self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        for node, gains in self._ahead.gains(nodes).items():
+    def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        found = yield from self._ahead.gains(nodes)
+        for node, gains in found.items():
             self._values.foresee(node, gains)
 
     def launch(self, path: Path) -> None:
@@ -124,10 +130,10 @@ class Sampler(Plain):
             self._visits.enter(option.to)
         return option.to
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
-        children = _draw(self.search, self._ahead, paths, by_token)
+        children = yield from _draw(self.search, self._ahead, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
@@ -171,8 +177,9 @@ class Optimiser(Plain):
         self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        for node, gains in self._ahead.gains(nodes).items():
+    def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        found = yield from self._ahead.gains(nodes)
+        for node, gains in found.items():
             self._guide.foresee(node, gains)
             self._values.foresee(node, gains)
 
@@ -243,7 +250,7 @@ class Optimiser(Plain):
     def _scaled(self, value: float) -> float:
         return (value - self._low) / (self._high - self._low) if self._high > self._low else 0.0
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
         return _draw(self.search, self._ahead, paths, by_token)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dts.foresight import Gain
+from dts.search.readings import Readings, top
 
 if TYPE_CHECKING:
     from dts.search.maxent.valuemodel import ValueModel
@@ -171,16 +172,12 @@ class LookAhead:
         if self._source:
             self._source.learn(leaf)
 
-    def gains(self, nodes: Sequence[int]) -> dict[int, dict[int, Gain]]:
+    def gains(self, nodes: Sequence[int]) -> Readings[dict[int, dict[int, Gain]]]:
         """By evaluated node: its likeliest next tokens that gain or lose something."""
         if not self._tokens or self._source is None or not nodes:
             return {}
-        search, tokens = self._search, min(self._tokens, self._search.lm.vocab_size)
-        p, candidates = search.probabilities(nodes).topk(tokens, dim=-1)  # [B, tokens]
-        tries = [
-            [(token, log) for token, log in zip(*row, strict=True) if log > -700.0]
-            for row in zip(candidates.tolist(), p.log().tolist(), strict=True)
-        ]
+        likeliest = yield from top(self._search, nodes, self._tokens)
+        tries = [[(token, log) for token, log in row if log > -700.0] for row in likeliest]
         pairs = [(node, token) for node, row in zip(nodes, tries, strict=True) for token, _ in row]
         promises = iter(self._source.after([node for node, _ in pairs], [token for _, token in pairs]))
         return {

@@ -12,9 +12,11 @@ import numpy as np
 from dts.foresight import Foresight
 from dts.logspace import draw, logsumexp
 from dts.results import Completion, Estimate, LogZ
+from dts.search import readings
 from dts.search.choice import Choice
 from dts.search.maxent.lookahead import LookAhead
 from dts.search.paths import Path, Plain, advance
+from dts.search.readings import Readings, alone
 from dts.softvalue import SoftValues
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ def _draw(search: Search, values: SoftValues, ahead: LookAhead, k: int, seed: in
     while waiting or active:
         while waiting and len(active) < fork.batch_size:
             active.append(waiting.pop(0))
-        active = advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended]))
+        active = alone(advance(fork, policy, active, lambda ended: fork.score([path.node for path in ended])))
         if active:
             nodes = list(dict.fromkeys(path.node for path in active))
             fork.evaluate(nodes)
-            policy.arrived(nodes)
+            alone(policy.arrived(nodes))
     return [fork.completion(path.node) for path in paths]
 
 
@@ -56,8 +58,9 @@ class Onward(Plain):
         super().__init__(fork)
         self._explored, self._foresight, self._ahead = explored, foresight, ahead
 
-    def arrived(self, nodes: Sequence[int]) -> None:
-        for node, gains in self._ahead.gains(nodes).items():
+    def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        found = yield from self._ahead.gains(nodes)
+        for node, gains in found.items():
             self._foresight.learn(node, gains)
 
     def select(self, path: Path) -> int | Choice:
@@ -66,11 +69,12 @@ class Onward(Plain):
         children = [child for child in tree.children(node) if child >= self._explored]
         logs = [tree.log_p[child] + foresight.log_factor(node, tree.token[child]) for child in children]
         rest = tree.log_unexplored[node] + foresight.tilt(node).log_mean
-        return draw([*children, Choice.EXPAND], [*logs, rest], path.rng.random())
+        options: list[int | Choice] = [*children, Choice.EXPAND]
+        return draw(options, [*logs, rest], path.rng.random())
 
-    def expand(self, paths: Sequence[Path]) -> list[int]:
+    def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         tilts = [self._foresight.tilt(path.node).by_token for path in paths]
-        return self.search.draw([path.node for path in paths], [path.rng.random() for path in paths], tilts)
+        return readings.draw(self.search, [path.node for path in paths], [path.rng.random() for path in paths], tilts)
 
 
 def _leave_tree(values: SoftValues, rng: np.random.Generator) -> Path:

@@ -1,0 +1,241 @@
+"""What searches read of next-token distributions: draws, and the likeliest tokens.
+
+On a device the host waits for each transfer. A run therefore asks for its readings, and those of all searches under way
+are answered together, by one softmax and one transfer, whatever their number. No row depends on another, so a search
+reads the same numbers in company as alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from dts.search.search import Search
+
+T = TypeVar("T")
+Readings = Generator["Reading", None, T]  # yields what it has to read before it goes on
+
+AT_ONCE = 2**24  # probabilities that are worked on at a time: 128 MiB for each temporary tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token that was no child before, from p by inverse transform of `uniforms`, one for each node. `tilts` are logs
+    of factors on p by token. Read: the token, its p, and the p-mass that stays outside the children."""
+
+    uniforms: Sequence[float]
+    tilts: Sequence[Mapping[int, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The likeliest token that was no child before. Read: the same as for a draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The `count` likeliest tokens. Read: their log p, then the tokens."""
+
+    count: int
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """What one search asks of p after some evaluated nodes. `answer` fills it in."""
+
+    search: Search
+    nodes: Sequence[int]
+    wanted: Draw | Likeliest | Top
+    rows: list[list[float]] | None = None  # by node
+    error: Exception | None = None
+
+    @property
+    def answered(self) -> bool:
+        return self.rows is not None or self.error is not None
+
+    def result(self) -> list[list[float]]:
+        """The rows read. Raises what went wrong, and `ModelError` where p is no distribution."""
+        if self.error is not None:
+            raise self.error
+        assert self.rows is not None
+        for node, row in zip(self.nodes, self.rows, strict=True):
+            if any(map(math.isnan, row)):
+                raise self.search.no_distribution(node)
+        return self.rows
+
+
+def draw(
+    search: Search, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
+) -> Readings[list[int]]:
+    """A new child for each of these evaluated nodes, as `Search.draw`."""
+    return (yield from _grown(Reading(search, nodes, Draw(uniforms, tilts))))
+
+
+def most_likely(search: Search, nodes: Sequence[int]) -> Readings[list[int]]:
+    """A new child for each of these evaluated nodes, as `Search.most_likely`."""
+    return (yield from _grown(Reading(search, nodes, Likeliest())))
+
+
+def _grown(reading: Reading) -> Readings[list[int]]:
+    yield reading
+    tokens, log_p, rest = zip(*reading.result(), strict=True)
+    return reading.search.grow(reading.nodes, [int(token) for token in tokens], log_p, rest)
+
+
+def top(search: Search, nodes: Sequence[int], count: int) -> Readings[list[list[tuple[int, float]]]]:
+    """The likeliest tokens after each of these nodes with their log p, likeliest first."""
+    reading = Reading(search, nodes, Top(min(count, search.lm.vocab_size)))
+    yield reading
+    return [[(int(token), log) for log, token in zip(row[: len(row) // 2], row[len(row) // 2 :], strict=True)]
+            for row in reading.result()]  # fmt: skip
+
+
+def alone(steps: Readings[T]) -> T:
+    """Run to the end, with each reading answered by itself."""
+    while True:
+        try:
+            reading = next(steps)
+        except StopIteration as end:
+            return end.value
+        answer([reading])
+
+
+def answer(readings: Sequence[Reading]) -> None:
+    """Answer all of them with one transfer. What goes wrong with one of them stays with that one."""
+    try:
+        _answer(readings)
+    except Exception as error:
+        if len(readings) == 1:
+            readings[0].error = error
+            return
+        for reading in readings:
+            answer([reading])
+
+
+def _answer(readings: Sequence[Reading]) -> None:
+    kinds: dict[Likeliest | Top | type[Draw], list[Reading]] = {}
+    for reading in readings:
+        kind = Draw if isinstance(reading.wanted, Draw) else reading.wanted
+        kinds.setdefault(kind, []).append(reading)
+    parts = [part for group in kinds.values() for part in _parts(group)]
+    columns = [_columns(part, distributions([(reading.search, reading.nodes) for reading in part])) for part in parts]
+    numbers = (columns[0] if len(columns) == 1 else torch.cat([c.flatten() for c in columns])).flatten().tolist()
+    place = 0
+    for part, tensor in zip(parts, columns, strict=True):
+        for reading in part:
+            starts = [place + index * tensor.shape[1] for index in range(len(reading.nodes))]
+            reading.rows = [numbers[start : start + tensor.shape[1]] for start in starts]
+            place += len(starts) * tensor.shape[1]
+
+
+def _parts(group: Sequence[Reading]) -> Iterator[list[Reading]]:
+    """Readings that are worked on together."""
+    part: list[Reading] = []
+    rows, most = 0, max(1, AT_ONCE // group[0].search.lm.vocab_size)
+    for reading in group:
+        if part and rows + len(reading.nodes) > most:
+            yield part
+            part, rows = [], 0
+        part.append(reading)
+        rows += len(reading.nodes)
+    yield part
+
+
+def distributions(asked: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor:
+    """p in float64 after these evaluated nodes of each search, [B, V]; not to be written to. All have equal settings
+    but for their seeds."""
+    missing = [(search, new) for search, nodes in asked if (new := search.unread(nodes))]
+    if missing:
+        _softmax(missing)
+    kept = [row for search, nodes in asked for row in search.read(nodes)]
+    p, rows = kept[0][0], [row for _, row in kept]
+    if any(other is not p for other, _ in kept):
+        return torch.stack([other[row] for other, row in kept])
+    return p if rows == list(range(len(p))) else p[torch.tensor(rows, device=p.device)]
+
+
+def _softmax(missing: Sequence[tuple[Search, Sequence[int]]]) -> None:
+    """Let searches keep p of nodes."""
+    logits = [search.logits(nodes) for search, nodes in missing]
+    early: list[int] = []
+    first = 0
+    for search, nodes in missing:
+        early += [first + row for row in search.too_early(nodes)]
+        first += len(nodes)
+    some = missing[0][0]
+    forbidden = early, sorted(some.lm.eos_ids)
+    p = some.decoding.probabilities(logits[0] if len(logits) == 1 else torch.cat(logits), forbidden)
+    first = 0
+    for search, nodes in missing:
+        search.keep(nodes, p, first)
+        first += len(nodes)
+
+
+# -- columns that are read ---------------------------------------------------------------------------------------------
+
+
+def _columns(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
+    """What these readings of one kind ask of p [B, V]: float64 [B, columns]."""
+    wanted = readings[0].wanted
+    if isinstance(wanted, Top):
+        values, tokens = p.topk(wanted.count, dim=-1)
+        return torch.cat([values.log(), tokens.double()], dim=-1)
+    mass = _outside(readings, p)
+    if isinstance(wanted, Likeliest):
+        return _chosen(readings, p, mass, mass.argmax(-1, keepdim=True))
+    draws = [reading.wanted for reading in readings if isinstance(reading.wanted, Draw)]
+    uniforms = [uniform for draw in draws for uniform in draw.uniforms]
+    tilts = [tilt for draw, r in zip(draws, readings, strict=True) for tilt in draw.tilts or [{}] * len(r.nodes)]
+    cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
+    target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+    return _chosen(readings, p, mass, tokens)
+
+
+def _outside(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
+    """p [B, V] with 0 for tokens that are children."""
+    known = [reading.search.tree.children(node) for reading in readings for node in reading.nodes]
+    trees = [reading.search.tree for reading in readings for _ in reading.nodes]
+    held = [(row, tree.token[child]) for row, (tree, children) in enumerate(zip(trees, known, strict=True))
+            for child in children]  # fmt: skip
+    if not held:
+        return p
+    return p.index_put(tuple(torch.tensor(held, device=p.device).T), p.new_zeros(()))
+
+
+def _chosen(readings: Sequence[Reading], p: torch.Tensor, mass: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, 1], their log p, and the log of the mass outside them and outside all tokens drawn after the same
+    node."""
+    together = _same_node(readings)
+    drawn = tokens if together is None else tokens[:, 0][torch.tensor(together, device=p.device)]
+    rest = mass.scatter(-1, drawn, 0.0).sum(-1, keepdim=True)
+    return torch.cat([tokens.double(), p.gather(-1, tokens).log(), rest.log()], dim=-1)
+
+
+def _same_node(readings: Sequence[Reading]) -> list[list[int]] | None:
+    """For each row, all rows of its node, repeated to equal length; None where nodes are distinct."""
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    keys = [(index, node) for index, reading in enumerate(readings) for node in reading.nodes]
+    for row, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(row)
+    most = max(map(len, rows_of.values()))
+    if most == 1:
+        return None
+    return [rows_of[key] + [row] * (most - len(rows_of[key])) for row, key in enumerate(keys)]
+
+
+def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.Tensor:
+    """Rows of `mass` [B, V] times exp(tilt), up to a factor for each row, so that no tilt overflows."""
+    most = max(map(len, tilts))
+    padded = [[*tilt.items(), *[next(iter(tilt.items()), (0, 0.0))] * (most - len(tilt))] for tilt in tilts]
+    tokens = torch.tensor([[token for token, _ in row] for row in padded], device=mass.device)  # [B, most]
+    tilt = torch.tensor([[log for _, log in row] for row in padded], dtype=mass.dtype, device=mass.device)
+    before = mass.gather(-1, tokens)
+    largest = (before.log() + tilt).amax(-1, keepdim=True).clamp(min=0.0)  # log of the largest, 0 where it is below 1
+    after = torch.where(before > 0, before * (tilt - largest).exp(), 0.0)
+    return (mass * (-largest).exp()).scatter(-1, tokens, after)
