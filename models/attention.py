@@ -63,12 +63,12 @@ class Step:
         blocks, readers, start = [], [[] for _ in self.spans], 0  # type: ignore[var-annotated]
         for spans, neighbours in itertools.groupby(read):
             stop = start + sum(1 for _ in neighbours)
-            blocks.append(Block(start, stop, [(span, sum(b - a for a, b in readers[span])) for span in spans]))
-            for span in spans:
-                if readers[span] and readers[span][-1][1] == start:
-                    readers[span][-1] = readers[span][-1][0], stop
+            blocks.append(Block(start, stop, [(index, sum(b - a for a, b in readers[index])) for index in spans]))
+            for index in spans:
+                if readers[index] and readers[index][-1][1] == start:
+                    readers[index][-1] = readers[index][-1][0], stop
                 else:
-                    readers[span].append((start, stop))
+                    readers[index].append((start, stop))
             start = stop
         return blocks, readers
 
