@@ -53,8 +53,8 @@ class _Search:
 class ModelReward(Reward):
     """A reward that a Hugging Face model gives. `tokens` counts what went through it, over all searches.
 
-    Not monotone: a value model (`MaxEnt(values="online")`) may ask it about unfinished texts, at the cost of the tokens
-    that are new.
+    Not monotone: `MaxEnt(search="best")` asks it about unfinished texts, too, at the cost of the tokens that are new
+    (not a judge, which reads its question again each time).
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class ModelReward(Reward):
         if kind in VOCABULARY and not self._scorer.has_vocabulary:
             raise UsageError(f"kind={kind!r} needs a causal language model; {type(model).__name__} has no vocabulary")
         self._reading = _reading(kind, model, tokenizer, options)
+        self.partial = kind != "judge"  # its question comes after the text, and costs its tokens each time
         self._texts = Texts(tokenizer, template or self._reading.template, self._reading, self._scorer.context_length)
         if max_kv_bytes is not None:
             check_whole("max_kv_bytes", max_kv_bytes, 1, 2**63, allowed="a whole number of bytes >= 1 or None")

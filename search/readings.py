@@ -10,17 +10,50 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from dts.search.search import Search
+from dts.errors import ModelError
+from dts.lm import LanguageModel
+from dts.settings import Decoding
+from dts.tree import Tree
 
 T = TypeVar("T")
 Readings = Generator["Reading", None, T]  # yields what it has to read before it goes on
 
 AT_ONCE = 2**24  # probabilities that are worked on at a time: 128 MiB for each temporary tensor
+
+
+class Readable(Protocol):
+    """What a reading needs of its search."""
+
+    lm: LanguageModel
+    decoding: Decoding
+    tree: Tree
+
+    def logits(self, nodes: Sequence[int]) -> torch.Tensor:
+        """What the model and the logits processors say after these evaluated nodes, [len(nodes), V]."""
+
+    def unread(self, nodes: Sequence[int]) -> list[int]:
+        """Those of these nodes whose p is not kept, each once."""
+
+    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int) -> None:
+        """Keep p of these nodes: rows of `p` [B, V], from `first` on."""
+
+    def read(self, nodes: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Where p of these nodes is kept: a tensor [B, V] and a row of it."""
+
+    def too_early(self, nodes: Sequence[int]) -> list[int]:
+        """The rows in which EOS must not come yet."""
+
+    def grow(
+        self, nodes: Sequence[int], tokens: Sequence[int], log_p: Sequence[float], rest: Sequence[float]
+    ) -> list[int]:
+        """The children of `nodes` with these new tokens."""
+
+    def no_distribution(self, node: int) -> ModelError:
+        """What to raise where p is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +81,7 @@ class Top:
 class Reading:
     """What one search asks of p after some evaluated nodes. `answer` fills it in."""
 
-    search: Search
+    search: Readable
     nodes: Sequence[int]
     wanted: Draw | Likeliest | Top
     rows: list[list[float]] | None = None  # by node
@@ -70,13 +103,13 @@ class Reading:
 
 
 def draw(
-    search: Search, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
+    search: Readable, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
 ) -> Readings[list[int]]:
     """A new child for each of these evaluated nodes, as `Search.draw`."""
     return (yield from _grown(Reading(search, nodes, Draw(uniforms, tilts))))
 
 
-def most_likely(search: Search, nodes: Sequence[int]) -> Readings[list[int]]:
+def most_likely(search: Readable, nodes: Sequence[int]) -> Readings[list[int]]:
     """A new child for each of these evaluated nodes, as `Search.most_likely`."""
     return (yield from _grown(Reading(search, nodes, Likeliest())))
 
@@ -87,7 +120,7 @@ def _grown(reading: Reading) -> Readings[list[int]]:
     return reading.search.grow(reading.nodes, [int(token) for token in tokens], log_p, rest)
 
 
-def top(search: Search, nodes: Sequence[int], count: int) -> Readings[list[list[tuple[int, float]]]]:
+def top(search: Readable, nodes: Sequence[int], count: int) -> Readings[list[list[tuple[int, float]]]]:
     """The likeliest tokens after each of these nodes with their log p, likeliest first."""
     reading = Reading(search, nodes, Top(min(count, search.lm.vocab_size)))
     yield reading
@@ -146,7 +179,7 @@ def _parts(group: Sequence[Reading]) -> Iterator[list[Reading]]:
     yield part
 
 
-def distributions(asked: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor:
+def distributions(asked: Sequence[tuple[Readable, Sequence[int]]]) -> torch.Tensor:
     """p in float64 after these evaluated nodes of each search, [B, V]; not to be written to. All have equal settings
     but for their seeds."""
     missing = [(search, new) for search, nodes in asked if (new := search.unread(nodes))]
@@ -159,7 +192,7 @@ def distributions(asked: Sequence[tuple[Search, Sequence[int]]]) -> torch.Tensor
     return p if rows == list(range(len(p))) else p[torch.tensor(rows, device=p.device)]
 
 
-def _softmax(missing: Sequence[tuple[Search, Sequence[int]]]) -> None:
+def _softmax(missing: Sequence[tuple[Readable, Sequence[int]]]) -> None:
     """Let searches keep p of nodes."""
     logits = [search.logits(nodes) for search, nodes in missing]
     early: list[int] = []

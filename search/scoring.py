@@ -113,6 +113,11 @@ class _Meter:
         return sum(one.tokens for one in self._counters) if self._counters else 0
 
 
+def runs_a_model(reward: Reward) -> bool:
+    """Whether the reward, or a part of it, counts what a model of its own forwards."""
+    return any(True for _ in _with_models(reward))
+
+
 def _with_models(reward: Any) -> Iterator[Any]:
     """The rewards and functions that count what their model forwards, a reward before its parts."""
     if isinstance(getattr(reward, "tokens", None), int):

@@ -28,7 +28,7 @@ def test_paths_decoded_together(rollouts, size):
 
 
 def test_the_defaults_are_those_that_the_figures_were_made_with():
-    assert MaxEnt(9) == MaxEnt(9, 4.0, "sample", None, None, 8.0, None, 16, "auto", None)
+    assert MaxEnt(9) == MaxEnt(9, 4.0, "sample", None, None, 8.0, None, None, "auto", None)
     assert Beam(8) == Beam(8, length_penalty=1.0, reward_weight=0.0, groups=1, segment=1, branch=4)
     assert MCTS(9) == MCTS(9, puct=True, bonus=1.25, value="mean")
     assert ParticleFilter(9) == ParticleFilter(9, reward_scale=4.0, ess_threshold=0.5, entropic=False, segment=None)
@@ -40,7 +40,7 @@ def test_the_defaults_are_those_that_the_figures_were_made_with():
     ("reward_scale", (0.0, 1e6), (-1e-9, math.inf, math.nan)), ("search", ("sample", "best"), ("", None)),
     ("explore", (0.0, 1.0, None), (-0.01, 1.01)), ("widening", (0.01, 1.0, None), (0.0, 1.01)),
     ("sharpness", (0.01,), (0.0, math.inf)), ("bonus", (0.0, 9.0, None), (-0.1, math.inf)),
-    ("lookahead", (0, 1), (-1, 1.5)), ("rollouts", (1,), (0, True, 2.0)),
+    ("lookahead", (0, 1, None), (-1, 1.5)), ("rollouts", (1,), (0, True, 2.0)),
 ])  # fmt: skip
 def test_the_allowed_range_of_each_option_of_maxent(option, good, bad):
     for value in good:
@@ -134,7 +134,7 @@ def test_the_smaller_limit_counts():
 
 @pytest.mark.parametrize("value", ["x", "1", None, True, [1], 1j, math.nan])
 @pytest.mark.parametrize(("make", "option"), [
-    (MaxEnt, "reward_scale"), (MaxEnt, "sharpness"), (MaxEnt, "lookahead"), (MCTS, "bonus"),
+    (MaxEnt, "reward_scale"), (MaxEnt, "sharpness"), (MCTS, "bonus"),
     (ParticleFilter, "reward_scale"), (ParticleFilter, "ess_threshold"), (Beam, "length_penalty"), (Beam, "groups"),
     (Beam, "reward_weight"), (SelfConsistency, "extract"),
 ])  # fmt: skip

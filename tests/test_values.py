@@ -245,3 +245,19 @@ def test_skill_compares_predictions_with_the_mean_of_the_rewards_before():
         bad.add([1 - reward, 1 - reward], [reward, 0.5], reward)
         flat.add([0.5, 0.5], [0.0, 0.0], reward)
     assert not good.none and bad.none and flat.none
+
+
+def test_a_reward_that_runs_a_model_is_asked_about_nodes_but_not_about_tokens_that_are_only_tried():
+    class Modelled(dts.Reward):
+        name, tokens, asked = "modelled", 0, 0
+
+        def finish(self, states, finished):
+            self.asked += len(finished)
+            return [len(one.token_ids) / 10 for one in finished]
+
+    plain, tried = Modelled(), Modelled()
+    result = decoded(plain, MaxEnt(8, search="best"))
+    assert plain.asked == len(result.tree) - 1  # every node, once
+    decoded(tried, MaxEnt(8, search="best", lookahead=4))
+    assert tried.asked > plain.asked
+    assert decoded(dts.weighted_sum([(Modelled(), 2.0)]), MaxEnt(8, search="best")).best.text == result.best.text

@@ -53,6 +53,8 @@ class JudgeReward(Reward):
     `calls` counts requests that were sent; `tokens` those that the endpoint says it used.
     """
 
+    partial = False  # unfinished texts are not worth a request
+
     def __init__(
         self,
         url: str,

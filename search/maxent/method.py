@@ -20,9 +20,11 @@ from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_m
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
 from dts.search.sampling import check_size
+from dts.search.scoring import runs_a_model
 from dts.settings import Budget, check_real, check_whole
 
 if TYPE_CHECKING:
+    from dts.rewards import Reward
     from dts.search.search import Search
 
 
@@ -40,7 +42,8 @@ class MaxEnt:
     bonus: `DTS*` only. None: children are drawn by those values. A number: the child of the largest value plus PUCT's
     confidence bonus of this weight, in units of the reward range seen so far.
     lookahead: how many of the likeliest next tokens of a node are tried on the reward (not on the model), so that those
-    that gain are drawn more often; 0 turns it off. For monotone rewards, and others with a value model.
+    that gain are drawn more often; 0 turns it off. For monotone rewards, and others with a value model. None: 16, and 0
+    for rewards that run a model, which would read each of these tokens.
     values: for rewards that are not monotone. "online": the reward is asked about unfinished texts, too, and the search
     learns what its answer says of the final reward; a value model: the same, with one that may have learnt from other
     prompts (`dts.search.OnlineValues`); None: the reward is asked about finished texts only. "auto": "online" for
@@ -58,7 +61,7 @@ class MaxEnt:
     widening: float | None = None
     sharpness: float = 8.0
     bonus: float | None = None
-    lookahead: int = 16
+    lookahead: int | None = None
     values: Literal["auto", "online"] | ValueModel | None = "auto"
     branch: Literal["values", "improvement"] | None = None
 
@@ -78,7 +81,8 @@ class MaxEnt:
             raise UsageError(f"branch={shown(self.branch)} is not known; give 'values', 'improvement' or None")
         if self.values not in (None, "auto", "online"):
             check_value_model(self.values)
-        check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0")
+        if self.lookahead is not None:
+            check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0, or None")
 
     @property
     def name(self) -> str:
@@ -103,7 +107,7 @@ class MaxEnt:
         return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
-        ahead = LookAhead(search, source_for(search, self._value_model(search)), self.lookahead)
+        ahead = LookAhead(search, source_for(search, self._value_model(search)), self._lookahead(search.reward))
         explore, widening = self.exploring(), self._widening()
         if self.search == "sample":
             return Sampler(search, self.reward_scale, ahead, explore=explore, widening=widening)
@@ -111,6 +115,11 @@ class MaxEnt:
             search, self.reward_scale, ahead, explore=explore, widening=widening,
             sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search),
         )  # fmt: skip
+
+    def _lookahead(self, reward: Reward) -> int:
+        if self.lookahead is not None:
+            return self.lookahead
+        return 0 if runs_a_model(reward) else 16
 
     def _widening(self) -> float:
         if self.widening is not None:
