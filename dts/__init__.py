@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dts.decoding import decode
     from dts.errors import DTSError, ModelError, RewardError, UnavailableError, UsageError
     from dts.generation import generate
-    from dts.many import decode_many
+    from dts.many import Request, decode_many
     from dts.models.huggingface import load
     from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward, clip, gate, minimum, weighted_sum
     from dts.settings import Budget
@@ -32,6 +32,7 @@ _HOMES = {
     "load": "dts.models.huggingface",
     "decode": "dts.decoding",
     "decode_many": "dts.many",
+    "Request": "dts.many",
     "generate": "dts.generation",
     "Budget": "dts.settings",
     **dict.fromkeys(["DTSError", "ModelError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
@@ -49,6 +50,7 @@ __all__ = [
     "DTSError",
     "Finished",
     "ModelError",
+    "Request",
     "Reward",
     "RewardError",
     "UnavailableError",
