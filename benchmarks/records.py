@@ -36,7 +36,7 @@ from dts.rewards import Context, Finished, Reward, TerminalReward
 from dts.settings import Budget
 from dts.tree import Tree
 
-WORDS = "the sensor shows a slow walk with short steps then rest and turns again towards noon".split()
+WORDS = ["the", "sensor", "shows", "a", "slow", "walk", "with", "short", "steps", "then", "rest", "and", "turns"]
 TEXT = 160  # characters of a completion, about
 
 
@@ -104,8 +104,9 @@ def made_up(
         on_rollout(rollouts[-1])
     completions = [Completion(r.text, (r.index,), r.reward, -40.0, "length") for r in rollouts]
     completions.sort(key=lambda completion: -completion.reward)
-    usage = Usage(prompt_tokens=100, generated_tokens=32 * len(rollouts), forwarded_tokens=rollouts[-1].tokens,
-                  unique_tokens=rollouts[-1].tokens, model_calls=len(rollouts), seconds=0.1 * len(rollouts))  # fmt: skip
+    tokens = rollouts[-1].tokens
+    usage = Usage(prompt_tokens=100, generated_tokens=tokens - 100, forwarded_tokens=tokens, unique_tokens=tokens,
+                  model_calls=len(rollouts), seconds=0.1 * len(rollouts))  # fmt: skip
     shares = {r.leaf: 1 / len(rollouts) for r in rollouts}
     return Result(completions, rollouts, usage, Tree(), method.name, estimate=Estimate(shares=shares))
 
@@ -123,7 +124,7 @@ def backend() -> Backend:
 
 def peak() -> float:
     """Most memory that this process has held so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1000 if sys.platform != "darwin" else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
 
 
 def records(options: argparse.Namespace, folder: Path) -> None:

@@ -205,7 +205,8 @@ class Source:
         tell = None if self.on_rollout is None else _with_index(self.on_rollout, index)
 
         def begin(session: Session) -> Search:
-            return Search(self.lm, session, context, scorer, settings, limits, self.width, tell)
+            left = _after_shared(self.lm, limits, session, ids)
+            return Search(self.lm, session, context, scorer, settings, left, self.width, tell)
 
         return Task(index, ids, begin)
 
@@ -225,6 +226,16 @@ class Source:
         if isinstance(self.scorers, list) and len(self.scorers) != self.taken:
             return UsageError(f"reward has {len(self.scorers)} entries for {self.taken} prompts; give one for each")
         return None
+
+
+def _after_shared(lm: Any, limits: Budget, session: Session, ids: tuple[int, ...]) -> Budget:
+    """The limits of a search whose prompt begins like a neighbour's: what it need not send counts against them, so that
+    it ends where it would end alone. What the caller keeps in the cache does not, as in `decode`."""
+    kept = lm.kept(ids) if hasattr(lm, "kept") else None
+    shared = session.usage.cached_tokens - (0 if kept is None else len(kept))
+    if limits.tokens is None or shared <= 0:
+        return limits
+    return dataclasses.replace(limits, tokens=max(1, limits.tokens - shared))
 
 
 def _with_index(on_rollout: Callable[[int, Rollout], None], index: int) -> Callable[[Rollout], None]:
