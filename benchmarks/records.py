@@ -2,9 +2,11 @@
 
     python benchmarks/records.py                         # 10,000 samples x 32 rollouts, made up: no model
     python benchmarks/records.py --samples 1000          # fewer
+    python benchmarks/records.py --prompts 1000          # MaxEnt(4) on a tiny Llama, 16 searches in flight
 
-Searches are made up at once, so that what is measured is the runner: records, summary, charts and report. Peak RSS is
-that of the whole process, imports included; seconds are those of this process on a CPU.
+Made-up searches are finished at once, so that what is measured is the runner: records, summary, charts and report. Peak
+RSS is that of the whole process, imports included; seconds are those of this process on a CPU. With --prompts a first
+process prints its RSS after 100, 500 and 1,000 prompts; a second one is killed (SIGKILL) at 40 %, a third resumes it.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import argparse
 import json
 import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,90 @@ def records(options: argparse.Namespace, folder: Path) -> None:
     )  # fmt: skip
 
 
+def tiny_backend() -> Backend:
+    """The real decoding on a Llama of two layers with random weights, one thread."""
+    import torch
+    from decode_speed import NoTokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import dts
+    from dts.models.huggingface import HFModel
+    from dts.search import METHODS
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    sizes = LlamaConfig(vocab_size=2000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+    lm = HFModel(LlamaForCausalLM(sizes), NoTokenizer(), "tiny")
+
+    def load_task(name: str, *, num_samples: int, **_: Any) -> Task:
+        task = Task(num_samples)
+        rng = random.Random(0)
+        task.examples = [
+            replace(e, prompt=rng.choices(range(2000), k=16 + i % 48)) for i, e in enumerate(task.examples)
+        ]
+        return task
+
+    return replace(backend(), methods=METHODS, load_task=load_task, load=lambda spec, config: lm, decode=dts.decode,
+                   decode_many=dts.decode_many)  # fmt: skip
+
+
+def do_prompts(folder: Path, count: int) -> None:
+    """In a process of its own: start or continue a run, and print its memory on the way."""
+    made = tiny_backend()
+    config = ExperimentConfig(models=("made-up",), datasets=("made-up",), methods=("maxent",), num_samples=count,
+                              num_rollouts=4, max_tokens=12, save_trees=0)  # fmt: skip
+    done = [path for path in folder.glob("made-up_*") if path.is_dir()]
+    target = RunFolder(done[0]) if done else RunFolder.create(folder, config.name)
+
+    def engine(plan: Any, jobs: Any, backend: Backend, recorder: Any) -> None:
+        finish, finished = recorder.finish, 0
+
+        def watched(outcome: Any) -> None:
+            nonlocal finished
+            finish(outcome)
+            finished += 1
+            if finished in (100, 500, 1000):
+                emit("rss", prompts=finished, mb=rss())
+
+        recorder.finish = watched
+        run_jobs(plan, jobs, backend, recorder)
+
+    run(prepare(config, made), target, NullTracker(), made, engine)
+
+
+def rss() -> float:
+    """Memory that this process holds now, MB."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / 1e6)
+
+
+def prompts(options: argparse.Namespace, folder: Path) -> None:
+    """Memory of an uninterrupted run; then one that is killed and resumed."""
+    command = [sys.executable, __file__, "--prompts", str(options.prompts), "--child"]
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    subprocess.run([*command, str(folder / "whole")], check=True)
+    process = subprocess.Popen([*command, str(folder / "killed")], stdout=subprocess.DEVNULL)
+    while len(before := finished_lines(folder / "killed")) < 0.4 * options.prompts:
+        time.sleep(0.2)
+        assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    before = finished_lines(folder / "killed")
+    subprocess.run([*command, str(folder / "killed")], check=True)
+    after = finished_lines(folder / "killed")
+    jobs = {json.loads(line)["sample"] for line in after}
+    assert after[: len(before)] == before and len(after) == len(jobs) == options.prompts
+    emit("resumed", prompts=len(jobs), before_the_kill=len(before), lost=0)
+
+
+def finished_lines(folder: Path) -> list[bytes]:
+    files = list(folder.glob("*/samples.jsonl"))
+    return files[0].read_bytes().split(b"\n")[:-1] if files else []
+
+
 def emit(case: str, **figures: float) -> None:
     print(json.dumps({"case": case, **{name: float(f"{value:.4g}") for name, value in figures.items()}}), flush=True)
 
@@ -151,9 +238,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--rollouts", type=int, default=32, help="per sample")
+    parser.add_argument("--prompts", type=int, help="decode so many prompts on a tiny model instead")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        do_prompts(options.child, options.prompts)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        records(options, Path(folder))
+        (prompts if options.prompts else records)(options, Path(folder))
 
 
 if __name__ == "__main__":

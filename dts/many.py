@@ -231,10 +231,10 @@ class Source:
 def _after_shared(lm: Any, limits: Budget, session: Session, ids: tuple[int, ...]) -> Budget:
     """The limits of a search whose prompt begins like a neighbour's: what it need not send counts against them, so that
     it ends where it would end alone. What the caller keeps in the cache does not, as in `decode`."""
-    kept = lm.kept(ids) if hasattr(lm, "kept") else None
-    shared = session.usage.cached_tokens - (0 if kept is None else len(kept))
-    if limits.tokens is None or shared <= 0:
+    if limits.tokens is None or not session.usage.cached_tokens:
         return limits
+    kept = lm.kept(ids) if hasattr(lm, "kept") else None
+    shared = max(0, session.usage.cached_tokens - (0 if kept is None else len(kept)))
     return dataclasses.replace(limits, tokens=max(1, limits.tokens - shared))
 
 
