@@ -62,25 +62,17 @@ def test_an_interrupted_study_goes_on_to_the_same_records(folder, tmp_path_facto
     assert [{**r, **timeless} for r in read_jsonl(path)] == [{**r, **timeless} for r in whole]
 
 
-def test_all_prompts_in_flight_give_the_records_of_one_by_one(folder, tmp_path_factory):
-    run(small(batch_size=2, width=2), folder)
+def test_all_prompts_in_flight_get_the_tokens_of_best_of_n_and_their_share_of_the_seconds(folder):
+    run(small(width=2), folder)
     records = folder.records("study")
-    assert [(r["id"], r["method"]) for r in records] == [
-        (f"{name}", method) for method in ("best-of-n", "maxent-star", "maxent") for name in dict.fromkeys(
-            r["id"] for r in records)
-    ]  # fmt: skip
-    alone = RunFolder(tmp_path_factory.mktemp("alone"))
-    run(small(batch_size=2), alone)
-    searched = {(r["id"], r["method"]): r for r in alone.records("study")}
-    alone.close()
+    assert [r["method"] for r in records] == ["best-of-n"] * 2 + ["maxent-star"] * 2 + ["maxent"] * 2
+    limits = {r["id"]: r["tokens"][-1] for r in records if r["method"] == "best-of-n"}
     for record in records:
+        assert 0 < record["tokens"][0] and record["spent"] == record["unique"] <= limits[record["id"]]
+        assert record["spent"] > limits[record["id"]] - 3  # a step of two paths more would be beyond it
         assert len(record["seconds_at"]) == len(record["rewards"])
-        assert sorted(record["seconds_at"]) == record["seconds_at"]
-        assert record["seconds_at"][-1] <= record["seconds"]
-        if record["method"] != "best-of-n":  # which is wider there
-            other = searched[record["id"], record["method"]]
-            same = ("prompt_tokens", "rewards", "tokens", "spent", "unique")
-            assert {key: record[key] for key in same} == {key: other[key] for key in same}
+        assert record["seconds_at"] == sorted(record["seconds_at"])
+        assert 0 < record["seconds_at"][0] and record["seconds_at"][-1] <= record["seconds"]
 
 
 def test_a_group_that_was_cut_off_is_repeated_as_a_whole(folder, tmp_path_factory):
