@@ -94,8 +94,8 @@ class Collected:
             if name in ("seed", "sample"):
                 columns[name] = np.array(values, np.int64)[number]
             else:
-                codes, known = pd.factorize(np.array(values, object))
-                columns[name] = pd.Categorical.from_codes(codes[number], known)
+                found: Any = pd.factorize(np.array(values, object))  # codes and categories
+                columns[name] = pd.Categorical.from_codes(found[0][number], found[1])
         figures = {name: np.array(column)[rows] for name, column in self._figures.items()}
         return pd.DataFrame({**columns, "rollout_idx": index[rows], **figures})
 

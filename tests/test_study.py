@@ -68,11 +68,11 @@ def test_all_prompts_in_flight_get_the_tokens_of_best_of_n_and_their_share_of_th
     assert [r["method"] for r in records] == ["best-of-n"] * 2 + ["maxent-star"] * 2 + ["maxent"] * 2
     limits = {r["id"]: r["tokens"][-1] for r in records if r["method"] == "best-of-n"}
     for record in records:
-        assert 0 < record["tokens"][0] and record["spent"] == record["unique"] <= limits[record["id"]]
+        assert record["tokens"][0] > 0 and record["spent"] == record["unique"] <= limits[record["id"]]
         assert record["spent"] > limits[record["id"]] - 3  # a step of two paths more would be beyond it
         assert len(record["seconds_at"]) == len(record["rewards"])
         assert record["seconds_at"] == sorted(record["seconds_at"])
-        assert 0 < record["seconds_at"][0] and record["seconds_at"][-1] <= record["seconds"]
+        assert record["seconds_at"][0] > 0 and record["seconds_at"][-1] <= record["seconds"]
 
 
 def test_a_group_that_was_cut_off_is_repeated_as_a_whole(folder, tmp_path_factory):
