@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dts.decoding import decode
     from dts.errors import DTSError, ModelError, RewardError, UnavailableError, UsageError
     from dts.generation import generate
-    from dts.many import decode_many
+    from dts.many import Request, decode_many
     from dts.models.huggingface import load
     from dts.models.rewards import ModelReward, load_reward
     from dts.rewards import (
@@ -46,6 +46,7 @@ _HOMES = {
     **dict.fromkeys(["ModelReward", "load_reward"], "dts.models.rewards"),
     "decode": "dts.decoding",
     "decode_many": "dts.many",
+    "Request": "dts.many",
     "generate": "dts.generation",
     "Budget": "dts.settings",
     **dict.fromkeys(["DTSError", "ModelError", "RewardError", "UnavailableError", "UsageError"], "dts.errors"),
@@ -78,6 +79,7 @@ __all__ = [
     "JudgeReward",
     "ModelError",
     "ModelReward",
+    "Request",
     "Reward",
     "RewardError",
     "UnavailableError",

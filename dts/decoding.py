@@ -100,12 +100,17 @@ def check_arguments(
         raise UsageError(f"method={shown(method)} is not a method; give one of dts.search, such as MaxEnt(32)")
     if max_kv_bytes is not None:
         check_whole("max_kv_bytes", max_kv_bytes, 1, 2**63, allowed="a whole number of bytes >= 1 or None")
-    if budget is not None and not isinstance(budget, Budget):
-        raise UsageError(
-            f"budget={shown(budget)} is not allowed; give dts.Budget(tokens=, seconds=, reward_calls=, ...) or None"
-        )
+    check_budget("budget", budget)
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
+
+
+def check_budget(name: str, budget: Any) -> None:
+    """Raise `UsageError` for what is neither a budget nor None."""
+    if budget is not None and not isinstance(budget, Budget):
+        raise UsageError(
+            f"{name}={shown(budget)} is not allowed; give dts.Budget(tokens=, seconds=, reward_calls=, ...) or None"
+        )
 
 
 def as_scorer(reward: Reward | Callable[..., Any] | None) -> Reward:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dts.decoding import as_scorer, check_arguments, check_prompt, encoded, tightest
+from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, tightest
 from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import Batch, LanguageModel, Session
 from dts.memory import REMEDY, first_line, is_out_of_memory
@@ -26,12 +26,24 @@ if TYPE_CHECKING:
 
 AnyReward = Reward | Callable[..., Any]
 Outcome = Result | Exception
+Ended = tuple[int, Outcome]  # the index of a prompt and what became of it
 AHEAD = 4  # results that may wait for their turn, in multiples of the prompts in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt of `decode_many` with settings of its own. None: what the call says."""
+
+    prompt: Prompt
+    reward: AnyReward | None = None
+    seed: int | None = None  # instead of the call's seed + index
+    budget: Budget | None = None  # on top of the call's
+    name: str | None = None  # in messages; "prompt 3" if not given
 
 
 def decode_many(
     lm: LanguageModel,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[Prompt | Request],
     *,
     method: Method,
     reward: AnyReward | Sequence[AnyReward | None] | None = None,
@@ -53,13 +65,14 @@ def decode_many(
     budget: Budget | None = None,
     total_budget: Budget | None = None,
     on_rollout: Callable[[int, Rollout], None] | None = None,
-) -> Generator[Any, None, None]:
+) -> Results:
     """Search for completions of every prompt; the paths of all searches under way share each forward call.
 
     Prompt i gets what `decode(lm, prompt, batch_size=width, seed=seed + i, ...)` returns, up to rounding in the order
     of additions. Yields results in the order of the prompts.
 
-    prompts: any iterable; it is read as places become free. reward: one for all, or a list with one for each prompt.
+    prompts: any iterable; it is read as places become free. A `Request` in it is a prompt with a reward, a seed or a
+    budget of its own. reward: one for all, or a list with one for each prompt.
     batch_size: paths in flight over all prompts. width: paths of one search, so batch_size // width prompts are in
     flight. as_completed: yield pairs (index, result) in the order in which prompts finish.
     errors: "raise", or "return" to get a prompt's exception in the place of its result.
@@ -69,8 +82,9 @@ def decode_many(
     on_rollout: called with a prompt's index and each of its rollouts.
     The other options are those of `decode`.
 
-    Closing the generator frees everything. Raises what `decode` raises, with the index of the prompt, after the results
-    of the prompts before it; `UsageError` for no prompts at all, or for another number of rewards.
+    Closing the iterator frees everything. After an exception, Ctrl-C too, its `waiting` has the results that were
+    finished and not yielded. Raises what `decode` raises, with the index of the prompt, after the results of the
+    prompts before it; `UsageError` for no prompts at all, or for another number of rewards.
     """
     batch_size, width = _check_sizes(batch_size, width)
     settings = Decoding(
@@ -84,7 +98,7 @@ def decode_many(
     )  # fmt: skip
     engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
     bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
-    return _results(source, engine, bar, as_completed=as_completed, keep_errors=errors == "return")
+    return Results(source, engine, bar, as_completed=as_completed, keep_errors=errors == "return")
 
 
 def _bar(count: int | None, progress: bool) -> Callable[[], tqdm[Any]]:
@@ -110,11 +124,7 @@ def _check_choices(prompts: Any, errors: Any, total_budget: Any) -> None:
         raise UsageError("prompts is empty: give at least one prompt")
     if errors not in ("raise", "return"):
         raise UsageError(f"errors={shown(errors)} is not allowed; give 'raise' or 'return'")
-    if total_budget is not None and not isinstance(total_budget, Budget):
-        raise UsageError(
-            f"total_budget={shown(total_budget)} is not allowed; "
-            "give dts.Budget(tokens=, seconds=, reward_calls=, ...) or None"
-        )
+    check_budget("total_budget", total_budget)
 
 
 def _scorers(reward: Any, prompts: Any) -> Reward | list[Reward]:
@@ -142,7 +152,7 @@ class Source:
     """The prompts, read one by one."""
 
     lm: LanguageModel
-    prompts: Iterator[Prompt]
+    prompts: Iterator[Prompt | Request]
     scorers: Reward | list[Reward]
     settings: Decoding
     limits: Budget
@@ -151,6 +161,7 @@ class Source:
     taken: int = 0
     ended: bool = False
     failure: Exception | None = None  # of the prompts themselves; raised after the results of those that came
+    names: dict[int, str] = dataclasses.field(default_factory=dict)  # of requests that have one, by index
 
     @property
     def width(self) -> int:
@@ -178,20 +189,31 @@ class Source:
         except Exception as error:
             return index, error
 
-    def _task(self, index: int, prompt: Prompt) -> Task:
+    def _task(self, index: int, given: Prompt | Request) -> Task:
         from dts.search import Search  # as in `decode`
 
-        ids = tuple(encoded(self.lm, prompt, self.chat_template_kwargs))
+        request = given if isinstance(given, Request) else Request(given)
+        if request.name is not None:
+            self.names[index] = request.name
+        check_budget("budget", request.budget)
+        ids = tuple(encoded(self.lm, request.prompt, self.chat_template_kwargs))
         check_prompt(self.lm, ids, self.settings.max_new_tokens)
-        context = Context(prompt, ids, self.lm.decode)
-        scorer = self.scorers[index] if isinstance(self.scorers, list) else self.scorers
-        settings = dataclasses.replace(self.settings, seed=self.settings.seed + index)
+        context = Context(request.prompt, ids, self.lm.decode)
+        scorer, limits = self._scorer(index, request), tightest(self.limits, request.budget)
+        seed = self.settings.seed + index if request.seed is None else request.seed
+        settings = dataclasses.replace(self.settings, seed=seed)
         tell = None if self.on_rollout is None else _with_index(self.on_rollout, index)
 
         def begin(session: Session) -> Search:
-            return Search(self.lm, session, context, scorer, settings, self.limits, self.width, tell)
+            left = _after_shared(self.lm, limits, session, ids)
+            return Search(self.lm, session, context, scorer, settings, left, self.width, tell)
 
         return Task(index, ids, begin)
+
+    def _scorer(self, index: int, request: Request) -> Reward:
+        if request.reward is not None:
+            return as_scorer(request.reward)
+        return self.scorers[index] if isinstance(self.scorers, list) else self.scorers
 
     def _end(self, failure: Exception | None, cause: Exception | None = None) -> None:
         self.ended, self.failure = True, failure
@@ -204,6 +226,16 @@ class Source:
         if isinstance(self.scorers, list) and len(self.scorers) != self.taken:
             return UsageError(f"reward has {len(self.scorers)} entries for {self.taken} prompts; give one for each")
         return None
+
+
+def _after_shared(lm: Any, limits: Budget, session: Session, ids: tuple[int, ...]) -> Budget:
+    """The limits of a search whose prompt begins like a neighbour's: what it need not send counts against them, so that
+    it ends where it would end alone. What the caller keeps in the cache does not, as in `decode`."""
+    if limits.tokens is None or not session.usage.cached_tokens:
+        return limits
+    kept = lm.kept(ids) if hasattr(lm, "kept") else None
+    shared = max(0, session.usage.cached_tokens - (0 if kept is None else len(kept)))
+    return dataclasses.replace(limits, tokens=max(1, limits.tokens - shared))
 
 
 def _with_index(on_rollout: Callable[[int, Rollout], None], index: int) -> Callable[[Rollout], None]:
@@ -234,51 +266,71 @@ class Engine:
         return Many(batch if batch is not None else OneByOne(self.lm, **options), self.method, self.total_budget)
 
 
-@dataclass
-class Turns:
-    """Outcomes that wait for those of earlier prompts, at most `ahead` of them."""
+class Results(Iterator[Any]):
+    """What `decode_many` returns: an iterator over its results."""
 
-    ahead: int
-    turn: int = 0
-    waiting: dict[int, Outcome] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self, source: Source, engine: Engine, bar: Callable[[], tqdm[Any]], *, as_completed: bool, keep_errors: bool
+    ) -> None:
+        self._source, self._engine, self._bar = source, engine, bar
+        self._as_completed, self._keep_errors = as_completed, keep_errors
+        self._turn = 0  # the next index in the order of the prompts
+        self._waiting: dict[int, Outcome] = {}
+        self._run = self._yielded()
 
-    def may_take(self, index: int) -> bool:
-        return index < self.turn + self.ahead
+    def __next__(self) -> Any:
+        return next(self._run)
 
-    def ready(self) -> Iterator[Outcome]:
-        while self.turn in self.waiting:
-            self.turn += 1
-            yield self.waiting.pop(self.turn - 1)
+    def close(self) -> None:
+        """Drop the searches under way and free their memory."""
+        self._run.close()
 
+    @property
+    def waiting(self) -> dict[int, Outcome]:
+        """What is finished and not yielded yet, by the index of the prompt. In order these are results that wait for
+        an earlier prompt; after Ctrl-C or an error they can be had here."""
+        return dict(self._waiting)
 
-def _results(
-    source: Source, engine: Engine, bar: Callable[[], tqdm[Any]], *, as_completed: bool, keep_errors: bool
-) -> Generator[Any, None, None]:
-    """What `decode_many` yields."""
-    turns = Turns(AHEAD * engine.prompts)
-    with (
-        bar() as shown_bar,
-        contextlib.closing(
-            _outcomes(source, engine, turns.may_take if not as_completed else lambda index: True, shown_bar)
-        ) as outcomes,
-    ):
-        for index, outcome in outcomes:
-            shown_bar.update()
-            if isinstance(outcome, Exception):
-                outcome = _named(index, outcome)
-            turns.waiting[index] = outcome
-            for now in [turns.waiting.pop(index)] if as_completed else turns.ready():
-                if isinstance(now, Exception) and not keep_errors:
-                    raise now
-                yield (index, now) if as_completed else now
-    if source.failure is not None:
-        raise source.failure
+    def _may_take(self, index: int) -> bool:
+        return self._as_completed or index < self._turn + AHEAD * self._engine.prompts
+
+    def _yielded(self) -> Generator[Any, None, None]:
+        with (
+            self._bar() as bar,
+            contextlib.closing(_outcomes(self._source, self._engine, self._may_take, bar, self._take)) as steps,
+        ):
+            for _ in steps:
+                while (index := self._next_index()) is not None:
+                    outcome = self._waiting.pop(index)
+                    self._turn = index + 1
+                    bar.update()
+                    if isinstance(outcome, Exception) and not self._keep_errors:
+                        raise outcome
+                    yield (index, outcome) if self._as_completed else outcome
+        if self._source.failure is not None:
+            raise self._source.failure
+
+    def _next_index(self) -> int | None:
+        """The prompt whose turn it is; None where it is not finished."""
+        if self._as_completed:
+            return next(iter(self._waiting), None)
+        return self._turn if self._turn in self._waiting else None
+
+    def _take(self, ended: Iterable[Ended]) -> None:
+        """Prompts that have ended; among those of one step, results come before errors."""
+        for index, outcome in sorted(ended, key=lambda one: isinstance(one[1], Exception)):
+            name = self._source.names.pop(index, f"prompt {index}")
+            self._waiting[index] = _named(name, outcome) if isinstance(outcome, Exception) else outcome
 
 
 def _outcomes(
-    source: Source, engine: Engine, may_take: Callable[[int], bool], bar: tqdm[Any]
-) -> Generator[tuple[int, Outcome], None, None]:
-    """Every prompt's outcome, in the order in which they end."""
+    source: Source,
+    engine: Engine,
+    may_take: Callable[[int], bool],
+    bar: tqdm[Any],
+    take: Callable[[Iterable[Ended]], None],
+) -> Generator[None, None, None]:
+    """Decode every prompt. `take` gets those that have ended, also when a step is interrupted; yields after each."""
     many: Many | None = None
     task: Task | None = None
     started = time.perf_counter()
@@ -289,33 +341,37 @@ def _outcomes(
                 if not isinstance(taken, Task):
                     if taken is None:
                         break
-                    yield taken
+                    take([taken])
+                    yield
                     continue
                 task, many = taken, engine.open() if many is None else many
                 try:
                     if not many.add(task.index, task.prompt_ids, task.begin):
                         break
                 except UsageError as error:  # it can never fit
-                    yield task.index, error
+                    take([(task.index, error)])
+                    yield
                 task = None
             if many is None or not len(many):
                 return
-            yield from sorted(many.step(), key=lambda ended: isinstance(ended[1], Exception))
+            take(many.step())
+            yield
             bar.set_postfix_str(f"{many.tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
     finally:
         if many is not None:
+            take(many.ended)
             many.close()
 
 
-def _named(index: int, error: Exception) -> Exception:
-    """The error with the index of its prompt."""
+def _named(name: str, error: Exception) -> Exception:
+    """The error with the name of its prompt."""
     if not isinstance(error, DTSError) and is_out_of_memory(error):
-        named: Exception = UnavailableError(f"prompt {index}: out of memory ({first_line(error)}); {REMEDY}")
+        named: Exception = UnavailableError(f"{name}: out of memory ({first_line(error)}); {REMEDY}")
     elif isinstance(error, DTSError):
         named = copy.copy(error)
-        named.args = (f"prompt {index}: {error}", *error.args[1:])
+        named.args = (f"{name}: {error}", *error.args[1:])
     else:
-        error.add_note(f"at prompt {index} of decode_many")
+        error.add_note(f"at {name} of decode_many")
         return error
     named.__cause__ = error
     return named

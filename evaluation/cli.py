@@ -93,9 +93,11 @@ def _add_how(group: Any, defaults: dict[str, Any]) -> None:
     add("--temperature", type=float, metavar="X", help="of the model's distribution p")
     add("--top-k", type=int, metavar="N", help="keep the k likeliest tokens in p")
     add("--top-p", type=float, metavar="X", help="keep the likeliest tokens that hold this share of p")
-    add("--rollout-batch", type=int, metavar="N", help="paths decoded together; if not given, as memory allows")
+    add("--rollout-batch", type=int, metavar="N", help="paths of one search; if not given, as memory allows")
+    add("--prompts-at-once", type=int, metavar="N",
+        help="searches in one batch; if not given, as many as make 64 paths, or 1 with --max-kv-bytes")  # fmt: skip
     add("--reward-timeout", type=float, metavar="SECONDS", help="stop where a reward takes longer for a completion")
-    add("--max-kv-bytes", metavar="SIZE", help="bound on the keys and values of a search, such as 2GiB")
+    add("--max-kv-bytes", metavar="SIZE", help="bound on keys and values of the searches under way, such as 2GiB")
     add("--device", help="cpu, cuda, mps, ...; the best one at hand if not given")
     add("--device-map", metavar="MAP", help="auto: spread each model over the devices there are")
     add("--dtype", help="float32, bfloat16 or float16; if not given, float32 on the CPU")
@@ -171,7 +173,7 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
     given, resumed = settings(options), Path(options["resume"]) if "resume" in options else None
     config = stored_config(resumed, given) if resumed else ExperimentConfig(**given)
     here = replace(config, **{name: given[name] for name in FREE if name in given})
-    config = replace(config, reward_timeout=here.reward_timeout)
+    config = replace(config, reward_timeout=here.reward_timeout, prompts_at_once=here.prompts_at_once)
     mode = choose_mode(here.wandb_mode) if here.tracker == "wandb" else "disabled"
     make_tracker(mode, Path(), config.name, here.tracker)  # raises, before there is a folder, if it lacks a package
     if "workers" in given and here.engine == "local":

@@ -36,7 +36,7 @@ class Job(NamedTuple):
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Job:
         """The job that a line of rollouts.jsonl or samples.jsonl belongs to."""
-        return cls(*(record[name] for name in cls._fields))
+        return cls(record["model"], record["dataset"], record["seed"], record["sample"], record["method"])
 
 
 class Mark(TypedDict, total=False):

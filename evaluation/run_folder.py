@@ -23,7 +23,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -92,25 +92,39 @@ class RunFolder:
             with reported(self.path / f"{name}.jsonl"):
                 os.fsync(self._streams[name].fileno())
 
+    def stream(self, name: str) -> Iterator[Record]:
+        """The lines of `name`.jsonl so far, one by one."""
+        path = self.path / f"{name}.jsonl"
+        return stream_jsonl(path) if path.exists() else iter(())
+
     def records(self, name: str) -> list[Record]:
         """The lines of `name`.jsonl so far."""
+        return list(self.stream(name))
+
+    def samples(self) -> Iterator[SampleRecord]:
+        """The lines of samples.jsonl so far, one by one."""
+        return cast("Iterator[SampleRecord]", self.stream("samples"))
+
+    def rollouts(self) -> Iterator[RolloutRecord]:
+        """The lines of rollouts.jsonl so far, one by one."""
+        return cast("Iterator[RolloutRecord]", self.stream("rollouts"))
+
+    def keep(self, name: str, wanted: Callable[[Record], bool]) -> None:
+        """Drops the lines of `name`.jsonl that are not wanted."""
         path = self.path / f"{name}.jsonl"
-        return read_jsonl(path) if path.exists() else []
+        if path.exists():
+            _replace(path, (line for line, record in _lines(path) if wanted(record)))
 
-    def samples(self) -> list[SampleRecord]:
-        """The lines of samples.jsonl so far."""
-        return cast("list[SampleRecord]", self.records("samples"))
-
-    def rollouts(self) -> list[RolloutRecord]:
-        """The lines of rollouts.jsonl so far."""
-        return cast("list[RolloutRecord]", self.records("rollouts"))
-
-    def keep(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Replaces `name`.jsonl by these records, also where its last line was cut off."""
+    def trim(self, name: str) -> None:
+        """Drops the end of `name`.jsonl where its last line was cut off."""
         path = self.path / f"{name}.jsonl"
-        text = "".join(to_json(record) + "\n" for record in records)
-        if path.exists() and path.read_bytes() != _encoded(text):
-            write_text(path, text)
+        if not path.exists():
+            return
+        with reported(path), path.open("r+b") as stream:
+            end = _end_of_lines(stream)
+            if end < stream.seek(0, os.SEEK_END):
+                stream.truncate(end)
+                os.fsync(stream.fileno())
 
     def close(self) -> None:
         for stream in self._streams.values():
@@ -121,7 +135,10 @@ class RunFolder:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Strict JSON: what is not a finite number becomes null."""
-    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except (ValueError, TypeError):  # numbers of other libraries, or not finite: seldom, and slow to look for
+        return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -136,8 +153,33 @@ def _finite(value: Any) -> Any:
 
 def read_jsonl(path: str | Path) -> list[Record]:
     """The complete lines of a file; a last line without its newline was cut off in writing and is left out."""
-    lines = Path(path).read_bytes().split(b"\n")
-    return [_parsed(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+    return list(stream_jsonl(path))
+
+
+def stream_jsonl(path: str | Path) -> Iterator[Record]:
+    """The same, one by one."""
+    return (record for _, record in _lines(path))
+
+
+def _lines(path: str | Path) -> Iterator[tuple[bytes, Record]]:
+    """The complete lines, as they are and parsed."""
+    with Path(path).open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.endswith(b"\n"):
+                yield line, _parsed(path, number, line)
+
+
+def _end_of_lines(stream: BinaryIO) -> int:
+    """Where the last newline ends; 0 where there is none."""
+    position = stream.seek(0, os.SEEK_END)
+    while position:
+        start = max(0, position - 65536)
+        stream.seek(start)
+        found = stream.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        position = start
+    return 0
 
 
 def _parsed(path: str | Path, number: int, line: bytes) -> Record:
@@ -156,11 +198,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Path:
 
 def write_text(path: Path, text: str) -> Path:
     """Replaces a file as a whole: a reader sees the old text or the new one, also after a power failure."""
+    return _replace(path, [_encoded(text)])
+
+
+def _replace(path: Path, parts: Iterable[bytes]) -> Path:
     partial = path.with_name(path.name + ".tmp")
     with reported(path):
         try:
             with partial.open("wb") as stream:
-                stream.write(_encoded(text))
+                for part in parts:
+                    stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)

@@ -44,6 +44,7 @@ class Many:
         self._past, self._rollouts = Usage(), 0  # of ended searches
         self._started = time.perf_counter()
         self.spent = False  # whether the total budget is used up
+        self.ended: list[Ended] = []  # in the step under way: what an interrupted step leaves
 
     def __len__(self) -> int:
         """Prompts in flight."""
@@ -61,9 +62,9 @@ class Many:
 
     def step(self) -> list[Ended]:
         """Send new prompts as far as they go, ask every search, and forward what they ask for. Returns what ended."""
-        ended = self._open()
+        ended, asked = self.ended, []
+        self._open()
         self._read()
-        asked = []
         for key, lane in list(self._under_way.items()):
             try:
                 nodes = next_nodes(lane.search, lane.run)
@@ -74,11 +75,13 @@ class Many:
             except Exception as error:
                 ended.append((key, self._drop(key, error)))
         if self._exceeded(sum(len(nodes) for _, nodes in asked)):
-            return ended + self.stop()
+            ended += self.stop()
+            asked = []
         if asked:
             slots = self._batch.extend([(search.session, *search.edges(nodes)) for search, nodes in asked])
             for (search, nodes), new in zip(asked, slots, strict=True):
                 search.place(nodes, new)
+        self.ended = []
         return ended
 
     def stop(self) -> list[Ended]:
@@ -110,8 +113,7 @@ class Many:
 
     # -- one prompt ------------------------------------------------------------------------------------------------
 
-    def _open(self) -> list[Ended]:
-        ended: list[Ended] = []
+    def _open(self) -> None:
         for key, session in self._batch.advance(PROMPT_TOKENS if self._under_way else sys.maxsize):
             begin, _ = self._opening[key]
             try:
@@ -121,8 +123,7 @@ class Many:
                 self._under_way[key] = _Lane(search, self._method.start(search))
                 del self._opening[key]
             except Exception as error:
-                ended.append((key, self._drop(key, error)))
-        return ended
+                self.ended.append((key, self._drop(key, error)))
 
     def _conclude(self, key: int) -> Result | Exception:
         lane = self._under_way[key]

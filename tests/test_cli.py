@@ -21,6 +21,7 @@ from dts.evaluation.cli import build_parser, hyphenated, main
 from dts.evaluation.experiment.config import ExperimentConfig, read_config_file
 from dts.evaluation.experiment.plan import known_method
 from dts.evaluation.experiment.progress import Progress
+from dts.evaluation.records import Job
 from dts.evaluation.run_folder import read_jsonl
 from dts.evaluation.tracking.keys import TIME_KEYS
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a fake run's time."""
     monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda *_: None)
 
 
 def command(tmp_path: Path, *more: str) -> list[str]:
@@ -303,17 +304,20 @@ def table_lines(text: str) -> list[str]:
 
 
 def test_progress_shows_what_is_done_and_nothing_off_the_terminal() -> None:
-    record = {"tokens": 120, "time": 2.0, "best_so_far": 0.75}
+    job = Job("red", "har", 0, 0, "maxent")
+    head, other = job._asdict(), job._replace(sample=1)._asdict()
+    seen = [{**head, "tokens": 500}, {**other, "tokens": 30}, {**head, "tokens": 590}]  # two searches by turns
     shown, hidden = io.StringIO(), io.StringIO()
     for file, visible in ((shown, True), (hidden, False)):
-        bar = Progress(4, 1, shown=visible, file=file)
+        bar = Progress(4, 1, shown=visible, file=file, now=iter([10.0, 11.0, 12.0]).__next__)
         bar.note("red har maxent")
-        bar.rollout(record)
-        bar.job()
+        for record in seen:
+            bar.rollout({**record, "best_so_far": 0.75})
+        bar.job(job)
         bar.close()
     last = shown.getvalue().replace("\n", "\r").split("\r")[-2]
     assert last.startswith("red har maxent: 2/4 ")
-    assert "1 rollouts, 60 tokens/s, best reward 0.750" in last and "<" in last
+    assert "3 rollouts, 60 tokens/s, best reward 0.750" in last and "<" in last
     assert hidden.getvalue() == ""
 
 

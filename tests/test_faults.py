@@ -111,7 +111,7 @@ def without_times(records):
 @pytest.fixture(autouse=True)
 def _quick_and_heard(monkeypatch, caplog):
     monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda *_: None)
     caplog.set_level(logging.WARNING, "dts")
 
 

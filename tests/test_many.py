@@ -558,3 +558,76 @@ def test_ctrl_c_ends_the_generator_and_frees_the_batch(tiny_lm):
         for result in dts.decode_many(tiny_lm, ragged(4), reward=rewards, method=BestOfN(2), width=2, batch_size=2):
             finished.append(result)
     assert len(finished) == 2
+
+
+def first_slow(ids):
+    """EOS never after a prompt that begins with 3; at once after others."""
+    return [-50.0 if ids[0] == 3 else 50.0, 0.0, 0.0, 0.0]
+
+
+def stopping(error: BaseException, calls: int):
+    """A reward that raises `error` at its call number `calls` + 1."""
+    left = [calls]
+
+    def reward(text: str) -> float:
+        if not left[0]:
+            raise error
+        left[0] -= 1
+        return 0.5
+
+    return reward
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError("no")], ids=["Ctrl-C", "an error"])
+def test_results_that_wait_for_their_turn_survive_what_ends_the_iterator(error):
+    lm = TableModel(first_slow, 4, eos=0)  # the first prompt is slow, so that the second waits for it
+    rewards = [stopping(error, 0), letters]
+    results = dts.decode_many(lm, [(3,), (1,)], reward=rewards, method=Sampling(2), max_new_tokens=20, batch_size=4,
+                              width=2)  # fmt: skip
+    with pytest.raises((KeyboardInterrupt, dts.RewardError)):
+        next(results)
+    assert list(results.waiting) == [1] and len(results.waiting[1].completions) == 1
+    assert list(results) == []
+
+
+def test_a_result_of_an_interrupted_step_is_not_lost():
+    def logits(ids):
+        if ids[0] == 3:
+            raise KeyboardInterrupt  # in a step in which the prompt before it has ended
+        return first_slow(ids)
+
+    results = dts.decode_many(TableModel(logits, 4, eos=0), [(1,), (3,)], method=Sampling(1), max_new_tokens=20,
+                              as_completed=True)  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert list(results.waiting) == [0]
+
+
+def test_closing_early_leaves_what_was_finished_and_not_yielded():
+    results = dts.decode_many(TABLE, [(1,), (1,), (1,)], method=Sampling(1), max_new_tokens=1, as_completed=True)
+    index, _ = next(results)
+    results.close()
+    assert index == 0 and list(results.waiting) == [1, 2]  # all three ended in one step
+
+
+def test_a_request_has_a_reward_a_seed_a_budget_and_a_name_of_its_own():
+    def prompts():
+        yield (1, 2)
+        yield dts.Request((2,), reward=lambda text: -1.0, seed=77, budget=dts.Budget(rollouts=2))
+        yield dts.Request((), name="the empty one")
+
+    options = {"method": MaxEnt(5), "max_new_tokens": 4}
+    plain, own, failed = dts.decode_many(TABLE, prompts(), reward=letters, width=3, seed=9, errors="return", **options)
+    alone = [dts.decode(TABLE, (1, 2), reward=letters, seed=9, batch_size=3, **options),
+             dts.decode(TABLE, (2,), reward=lambda text: -1.0, seed=77, batch_size=3, budget=dts.Budget(rollouts=2),
+                        **options)]  # fmt: skip
+    assert [one.completions for one in (plain, own)] == [one.completions for one in alone]
+    assert len(own.rollouts) == 2 and own.best.reward == -1
+    assert str(failed).startswith("the empty one: prompt is empty")
+
+
+def test_a_bad_seed_or_budget_of_a_request_is_that_prompts_error():
+    requests = [dts.Request((1,), budget=3), dts.Request((1,), seed=-1), (1,)]
+    first, second, third = dts.decode_many(TABLE, requests, method=Sampling(1), max_new_tokens=2, errors="return")
+    assert "prompt 0: budget=3 is not allowed" in str(first) and "prompt 1: seed=-1" in str(second)
+    assert third.completions

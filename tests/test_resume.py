@@ -38,7 +38,7 @@ def no_pictures() -> Iterator[None]:
     """Drawing takes most of a small run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
-        patch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
+        patch.setattr("dts.evaluation.experiment.outputs.write_report", lambda *_: None)
         yield
 
 

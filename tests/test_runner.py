@@ -38,7 +38,7 @@ ROLLOUTS = 2 * 2 * (3 + 1)  # models x samples x (maxent + greedy)
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a fake run's time."""
     monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", lambda *_: {})
-    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda _: None)
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_report", lambda *_: None)
 
 
 def run_in(path: Path, backend: Backend, config: ExperimentConfig = CONFIG) -> tuple[RunFolder, Record]:

@@ -58,8 +58,34 @@ def test_an_interrupted_study_goes_on_to_the_same_records(folder, tmp_path_facto
     again = RunFolder(path.parent)
     run(small(), again)
     again.close()
-    untimed = {"seconds": 0, "reward_seconds": 0}
-    assert [r | untimed for r in read_jsonl(path)] == [r | untimed for r in whole]
+    timeless = {"seconds": 0, "seconds_at": 0, "reward_seconds": 0}
+    assert [{**r, **timeless} for r in read_jsonl(path)] == [{**r, **timeless} for r in whole]
+
+
+def test_all_prompts_in_flight_get_the_tokens_of_best_of_n_and_their_share_of_the_seconds(folder):
+    run(small(width=2), folder)
+    records = folder.records("study")
+    assert [r["method"] for r in records] == ["best-of-n"] * 2 + ["maxent-star"] * 2 + ["maxent"] * 2
+    limits = {r["id"]: r["tokens"][-1] for r in records if r["method"] == "best-of-n"}
+    for record in records:
+        assert record["tokens"][0] > 0 and record["spent"] == record["unique"] <= limits[record["id"]]
+        assert record["spent"] > limits[record["id"]] - 3  # a step of two paths more would be beyond it
+        assert len(record["seconds_at"]) == len(record["rewards"])
+        assert record["seconds_at"] == sorted(record["seconds_at"])
+        assert record["seconds_at"][0] > 0 and record["seconds_at"][-1] <= record["seconds"]
+
+
+def test_a_group_that_was_cut_off_is_repeated_as_a_whole(folder, tmp_path_factory):
+    study = small(width=2, methods=("maxent",), draws=0)
+    run(study, folder)
+    whole = folder.records("study")
+    path = tmp_path_factory.mktemp("cut") / "study.jsonl"
+    path.write_text("".join((folder.path / "study.jsonl").read_text().splitlines(keepends=True)[:3]))
+    again = RunFolder(path.parent)
+    run(study, again)
+    again.close()
+    keys = [(r["id"], r["method"], r["rewards"]) for r in whole]
+    assert [(r["id"], r["method"], r["rewards"]) for r in read_jsonl(path)] == keys
 
 
 def test_report_is_written_from_the_records_alone(folder, capsys):
@@ -117,6 +143,21 @@ def test_ratio_of_tokens_and_its_censoring():
     row = dict(zip(header, rows[0], strict=True))
     assert row["never reached"] == "1 of 2" and row["least"] == "1.25"
     assert row["geometric mean"].startswith(f"{math.sqrt(4 * 1.25):.1f} ")
+    assert row["seconds, geometric mean"] == row["seconds of all"] == "-"  # of a study without them
+
+
+def test_ratio_of_seconds_stands_beside_that_of_tokens():
+    def timed(rewards, tokens, seconds, whole):
+        return {**record(rewards, tokens), "seconds_at": seconds, "seconds": whole}
+
+    cells = [
+        {"best-of-n": timed([0.2, 0.4], [50, 100], [3.0, 6.0], 6.0), "m": timed([0.4, 0.9], [25, 90], [2.0, 8.0], 9.0)},
+        {"best-of-n": timed([0.2, 0.8], [50, 100], [3.0, 6.0], 6.0), "m": timed([0.3], [80], [4.0], 5.0)},
+    ]
+    header, rows = study_report.tokens_to_reach({"d": cells}, [2])
+    row = dict(zip(header, rows[0], strict=True))
+    assert row["seconds, geometric mean"].startswith(f"{math.sqrt(6 / 2 * 6 / 5):.1f} ")  # the second never got there
+    assert row["seconds of all"] == "12.0 to 7.0"
 
 
 def test_completions_as_good_as_the_best_of_best_of_n():

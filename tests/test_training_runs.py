@@ -32,7 +32,7 @@ from dts.training.estimator import grpo_diversity_weight, grpo_gradient_scale
 from dts.training.grpo import build_grpo, derive_accumulation
 from dts.training.polychromic import sequence_log_probs
 from dts.training.run import _arguments, read_history, train
-from dts.training.sampling import draw_samples, draw_searched, stream
+from dts.training.sampling import Draw, draw_samples, draw_searched, stream
 from dts.training.sft import IGNORED, encode_rows
 
 WORDS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
@@ -279,9 +279,9 @@ def test_weights_of_searched_groups_are_p_over_q(tmp_path):
     model, tokenizer = tiny_pair("abcdef", seed=1)
     lm = dts.load((model, tokenizer))
     method, reward = MaxEnt(12, reward_scale=3.0), as_reward(lambda text: float("a" in text))
-    common = {"max_new_tokens": 2, "temperature": 1.0, "seed": 4}
-    group = draw_searched(lm, "ab", 200, reward=reward, method=method, **common)
-    values = dts.decode(lm, "ab", reward=reward, method=method, **common).values
+    common = {"max_new_tokens": 2, "temperature": 1.0}
+    (group,) = draw_searched(lm, [Draw("ab", 200, seed=4)], reward=reward, method=method, **common)
+    values = dts.decode(lm, "ab", reward=reward, method=method, seed=4, **common).values
     eos = tokenizer.eos_token_id
     sequences = [(eos,)] + [(a, b) for a in range(1, len(tokenizer)) for b in range(len(tokenizer))]
     log_p = sequence_log_probs(model, lm.encode("ab"), sequences).detach().double()

@@ -42,17 +42,14 @@ def draw_rows(
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """`per_prompt` draws, with replacement, from each search's finished sequences by their shares: rows with prompt,
-    response, whether it was cut at `max_new_tokens`, the reward, and the tokens forwarded for the prompt."""
-    for index, prompt in enumerate(prompts):
-        result = dts.decode(
-            lm,
-            prompt,
-            reward=reward,
-            method=method,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=stream(seed, index),
-        )
+    response, whether it was cut at `max_new_tokens`, the reward, and the tokens forwarded for the prompt. The searches
+    share a batch."""
+    requests = (dts.Request(prompt, seed=stream(seed, index)) for index, prompt in enumerate(prompts))
+    results = dts.decode_many(
+        lm, requests, reward=reward, method=method, width=method.batch_size(), max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    ) if prompts else ()  # fmt: skip
+    for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         found = {completion.token_ids: completion for completion in result.completions}
         shares = result.shares
         for leaf in np.random.default_rng((seed, index)).choice(list(shares), per_prompt, p=list(shares.values())):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,16 @@ from dts.training.data import Row
 from dts.training.estimator import grpo_diversity_weight
 from dts.training.health import Meter, Watch
 from dts.training.rewards import as_trl, diversity_reward, runs
-from dts.training.sampling import Group, decoder_of, draw_samples, draw_searched, effective_size, in_eval_mode, stream
+from dts.training.sampling import (
+    Draw,
+    Group,
+    decoder_of,
+    draw_samples,
+    draw_searched,
+    effective_size,
+    in_eval_mode,
+    stream,
+)
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -72,28 +81,30 @@ class GroupTrainer(GRPOTrainer):
         key = (self.args.seed, self.state.global_step, self.args.process_index)
         self._weights, prompt_ids, completion_ids = [], [], []
         self._lm = self._lm or decoder_of(self)
+        planned = [
+            (trained_prompt(prompt, self._settings), Draw(shown, len(prompts[members]), stream(*key, members.start)))
+            for prompt, part in _groups(prompts, self._settings.n_generations)
+            for shown, members in draw_plan(prompt, part, self._settings)
+        ]
         with in_eval_mode(self._lm.model):
-            for prompt, part in _groups(prompts, self._settings.n_generations):
-                trained = self._lm.encode(trained_prompt(prompt, self._settings))
-                for shown, members in draw_plan(prompt, part, self._settings):
-                    count = members.stop - members.start
-                    group = self._draw(self._lm, shown, count, stream(*key, members.start))
-                    prompt_ids += [trained] * count
-                    completion_ids += group.token_ids
-                    self._weights += [math.exp(weight) for weight in group.log_weights]
-                    self._meter.add("sampled_tokens", group.forwarded_tokens)
-                    self._meter.observe("effective_group", effective_size(group.log_weights))
+            drawn = self._draw(self._lm, [draw for _, draw in planned])
+            for (trained, draw), group in zip(planned, drawn, strict=True):
+                prompt_ids += [self._lm.encode(trained)] * draw.n
+                completion_ids += group.token_ids
+                self._weights += [math.exp(weight) for weight in group.log_weights]
+                self._meter.add("sampled_tokens", group.forwarded_tokens)
+                self._meter.observe("effective_group", effective_size(group.log_weights))
         return prompt_ids, completion_ids
 
-    def _draw(self, lm: HFModel, prompt: Any, n: int, seed: int) -> Group:
+    def _draw(self, lm: HFModel, draws: Sequence[Draw]) -> Iterator[Group]:
         settings = self._settings
         common: dict[str, Any] = {
-            "max_new_tokens": settings.max_completion_length, "temperature": settings.temperature, "seed": seed,
+            "max_new_tokens": settings.max_completion_length, "temperature": settings.temperature,
         }  # fmt: skip
         if settings.groups == "sample":
-            return draw_samples(lm, prompt, n, **common)
+            return (draw_samples(lm, draw.prompt, draw.n, seed=draw.seed, **common) for draw in draws)
         method = MaxEnt(settings.search_rollouts, settings.search_reward_scale)
-        return draw_searched(lm, prompt, n, reward=self._search_reward, method=method, **common)
+        return draw_searched(lm, draws, reward=self._search_reward, method=method, **common)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         output = super()._generate_and_score_completions(inputs)

@@ -65,30 +65,34 @@ def draw_samples(lm: HFModel, prompt: Prompt, n: int, *, max_new_tokens: int, te
     return Group(lm.encode(prompt), ids, texts, [0.0] * n, result.usage.forwarded_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How many completions of which prompt."""
+
+    prompt: Prompt
+    n: int
+    seed: int
+
+
 def draw_searched(
-    lm: HFModel,
-    prompt: Prompt,
-    n: int,
-    *,
-    reward: Reward,
-    method: MaxEnt,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> Group:
-    """n independent draws from the tree's estimate q of p exp(lambda r) / Z, with their weights p / q.
+    lm: HFModel, draws: Sequence[Draw], *, reward: Reward, method: MaxEnt, max_new_tokens: int, temperature: float
+) -> Iterator[Group]:
+    """For each of `draws`, n independent draws from the tree's estimate q of p exp(lambda r) / Z, with their weights
+    p / q. The searches share a batch.
 
     The rollouts that build the tree depend on one another and have no such weight; given the finished tree, `sample`
     draws independently from a known q, so that the mean of weight * f is an unbiased estimate of E_p[f].
     """
-    result = dts.decode(
-        lm, prompt, reward=reward, method=method, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
-    assert result.values is not None
-    draws = result.sample(n, seed)
-    log_weights = [draw.logprob - result.values.log_prob(draw.token_ids, draw.token_logprobs) for draw in draws]
-    texts, ids = [draw.text for draw in draws], [draw.token_ids for draw in draws]
-    return Group(lm.encode(prompt), ids, texts, log_weights, result.usage.forwarded_tokens)
+    results = dts.decode_many(
+        lm, [dts.Request(draw.prompt, seed=draw.seed) for draw in draws], reward=reward, method=method,
+        width=method.batch_size(), max_new_tokens=max_new_tokens, temperature=temperature,
+    )  # fmt: skip
+    for draw, result in zip(draws, results, strict=True):
+        assert result.values is not None
+        own = result.sample(draw.n, draw.seed)
+        log_weights = [one.logprob - result.values.log_prob(one.token_ids, one.token_logprobs) for one in own]
+        texts, ids = [one.text for one in own], [one.token_ids for one in own]
+        yield Group(lm.encode(draw.prompt), ids, texts, log_weights, result.usage.forwarded_tokens)
 
 
 def effective_size(log_weights: Sequence[float]) -> float:

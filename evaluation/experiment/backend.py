@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Backend:
     load_task: Callable[..., Task]
     load: Callable[[Any, ExperimentConfig], Any]  # ModelSpec -> language model
     decode: Callable[..., Result]
+    decode_many: Callable[..., Iterator[Any]] | None = None  # None: jobs are decoded one by one
 
 
 def default_backend() -> Backend:
@@ -34,7 +35,7 @@ def default_backend() -> Backend:
     from dts.models.registry import resolve
     from dts.search import METHODS
 
-    return Backend(METHODS, resolve, check_model, load_task, load_model, dts.decode)
+    return Backend(METHODS, resolve, check_model, load_task, load_model, dts.decode, dts.decode_many)
 
 
 def check_model(spec: Any, examples: Sequence[Example], config: ExperimentConfig) -> list[int] | None:

@@ -21,7 +21,8 @@ MOST = sys.float_info.max  # a larger integer has no float
 _LISTS = ("models", "datasets", "methods", "seeds")
 _SINGULAR = {"model": "models", "dataset": "datasets", "method": "methods", "seed": "seeds"}
 _TEXTS = ("device", "device_map", "dtype", "output_dir", "data_dir", "models_file")
-_AT_LEAST_ONE = ("num_samples", "num_rollouts", "max_tokens", "top_k", "rollout_batch", "max_kv_bytes", "workers")
+_AT_LEAST_ONE = ("num_samples", "num_rollouts", "max_tokens", "top_k", "rollout_batch", "max_kv_bytes", "workers",
+                 "prompts_at_once")  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -43,8 +44,9 @@ class ExperimentConfig:
     top_k: int | None = None
     top_p: float | None = None
     rollout_batch: int | None = None  # paths decoded together; None leaves it to the search
+    prompts_at_once: int | None = None  # searches that share a batch; None: as many as make 64 paths
     reward_timeout: float | None = None  # seconds for each completion; None: no limit
-    max_kv_bytes: int | None = None  # bound on keys and values of one search; also given as text, "2GiB"
+    max_kv_bytes: int | None = None  # bound on keys and values of the searches under way; also given as text, "2GiB"
     device: str | None = None
     device_map: str | None = None  # "auto" spreads a model over the devices there are
     dtype: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.plan import Plan
-from dts.evaluation.measures.metrics import monotonicity, shuffled_monotonicity
+from dts.evaluation.measures.metrics import expected_monotonicity, monotonicity
 from dts.evaluation.records import Costs, Head, Job, Record, RolloutRecord, SampleRecord
 from dts.evaluation.report import tree_record
+from dts.evaluation.tasks.base import Example
 from dts.evaluation.tasks.oracle import is_oracle
 from dts.results import Result, Rollout
+from dts.rewards import Reward
 from dts.timeout import with_timeout
 
 
@@ -33,39 +35,61 @@ def run_job(
     lm: Any, plan: Plan, job: Job, backend: Backend, on_rollout: Callable[[RolloutRecord], None] = lambda record: None
 ) -> Outcome:
     """Decode one example with one method on the loaded model; `on_rollout` gets each rollout as it finishes."""
-    config, task = plan.config, plan.tasks[job.dataset]
-    example = task.examples[job.sample]
-    head = cast("Head", {**job._asdict(), "id": example.id})
-    reward = task.reward(example)
-    oracle = is_oracle(reward)
-    if oracle:
-        head["oracle"] = True  # rollouts and trees carry the mark too
-    if config.reward_timeout is not None:
-        reward = with_timeout(reward, config.reward_timeout)
+    search = Described.of(plan, job)
     rollouts: list[RolloutRecord] = []
 
     def take(rollout: Rollout) -> None:
-        rollouts.append(rollout_record(head, rollout))
+        rollouts.append(rollout_record(search.head, rollout))
         on_rollout(rollouts[-1])
 
     result = backend.decode(
         lm,
-        example.prompt,
-        reward=reward,
+        search.example.prompt,
+        reward=search.reward,
         method=plan.methods[job.method],
-        max_new_tokens=config.max_tokens,
         seed=sample_seed(job.seed, job.sample),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        stop=task.stop,
-        batch_size=config.rollout_batch,
-        max_kv_bytes=config.max_kv_bytes,
+        batch_size=plan.config.rollout_batch,
         on_rollout=take,
+        **decoding(plan, job),
     )
-    tree = {**head, **tree_record(result, lm.decode)} if job.sample < config.save_trees else None
-    about = {"prompt": example.prompt, "reward": reward.name, "oracle": oracle}
-    return Outcome(job, sample_record({**head, **about}, result), rollouts, tree)
+    return search.outcome(result, rollouts, lm.decode, plan.config.save_trees)
+
+
+def decoding(plan: Plan, job: Job) -> dict[str, Any]:
+    """The settings of `dts.decode` that are the same for every sample of a data set."""
+    config = plan.config
+    return {
+        "max_new_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k,
+        "top_p": config.top_p, "stop": plan.tasks[job.dataset].stop, "max_kv_bytes": config.max_kv_bytes,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a job decodes, and what its records begin with."""
+
+    job: Job
+    example: Example
+    reward: Reward
+    head: Head  # rollouts and trees carry the mark of an oracle too
+    oracle: bool
+
+    @classmethod
+    def of(cls, plan: Plan, job: Job) -> Described:
+        task = plan.tasks[job.dataset]
+        example = task.examples[job.sample]
+        reward = task.reward(example)
+        oracle = is_oracle(reward)
+        head = cast("Head", {**job._asdict(), "id": example.id, **({"oracle": True} if oracle else {})})
+        timeout = plan.config.reward_timeout
+        return cls(job, example, reward if timeout is None else with_timeout(reward, timeout), head, oracle)
+
+    def outcome(
+        self, result: Result, rollouts: list[RolloutRecord], decode: Callable[[Sequence[int]], str], save_trees: int
+    ) -> Outcome:
+        about = {"prompt": self.example.prompt, "reward": self.reward.name, "oracle": self.oracle}
+        tree = {**self.head, **tree_record(result, decode)} if self.job.sample < save_trees else None
+        return Outcome(self.job, sample_record({**self.head, **about}, result), rollouts, tree)
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -109,7 +133,7 @@ def sample_record(about: Mapping[str, Any], result: Result) -> SampleRecord:
         **cast("SampleRecord", about),
         "best_reward": result.best.reward,
         "monotonicity": monotonicity(rewards) if several else None,
-        "independent_monotonicity": shuffled_monotonicity(rewards).mean if several else None,
+        "independent_monotonicity": expected_monotonicity(rewards) if several else None,
         "time": seconds,
         "nodes": len(result.tree),
         "rollouts": len(rewards),

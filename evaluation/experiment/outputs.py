@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
+from dts.evaluation.collected import Collected
 from dts.evaluation.experiment.plan import Plan, describe
-from dts.evaluation.records import Cell, Head, Job, Record, RolloutRecord, RunSummary, SampleRecord
+from dts.evaluation.records import Cell, Job, Record, RunSummary, SampleRecord
 from dts.evaluation.report import write_report
-from dts.evaluation.report.charts import write_charts
+from dts.evaluation.report.charts import of_dataset, write_charts
 from dts.evaluation.report.summary import report, summarise
 from dts.evaluation.run_folder import RunFolder, reported, write_json, write_text
 from dts.evaluation.tasks.oracle import oracles
 from dts.evaluation.tracking.keys import published, sample_keys
-
-AnyRecord = TypeVar("AnyRecord", bound=Head)
-
-
-def of_dataset(dataset: str, records: Iterable[AnyRecord]) -> list[AnyRecord]:
-    return [record for record in records if record["dataset"] == dataset]
 
 
 def tree_path(folder: Path, job: Job) -> Path:
@@ -36,25 +30,22 @@ def _in_file_name(part: str) -> str:
     return plain if plain == part else f"{plain}-{zlib.crc32(part.encode()):08x}"
 
 
-def read_sorted(plan: Plan, folder: RunFolder) -> tuple[list[SampleRecord], list[RolloutRecord]]:
-    """Samples and rollouts in the order of the plan, whatever order engines finished them in."""
-    order = {job: place for place, job in enumerate(plan.jobs())}
-    samples = sorted(folder.samples(), key=lambda s: order[Job.of(s)])
-    rollouts = sorted(folder.rollouts(), key=lambda r: (order[Job.of(r)], r["rollout_idx"]))
-    return samples, rollouts
+def order_of(plan: Plan) -> dict[Job, int]:
+    """The place of each job in the plan, whatever order engines finished them in."""
+    return {job: place for place, job in enumerate(plan.jobs())}
 
 
-def write_outputs(plan: Plan, folder: RunFolder, *, seconds: float, charts: bool) -> Record:
+def write_outputs(plan: Plan, folder: RunFolder, collected: Collected, *, seconds: float, charts: bool) -> Record:
     """Summary and report, and with `charts` pictures, of what the folder holds so far; the content of summary.json."""
-    samples, rollouts = read_sorted(plan, folder)
-    finished = {Job.of(sample) for sample in samples}
+    order = order_of(plan)
+    samples = collected.sorted_samples(order)
     summary: RunSummary = {
         "experiment": plan.config.name,
         **describe(plan),
-        "partial": len(finished) < len(plan.jobs()),
+        "partial": len(samples) < len(order),
         "seconds": seconds,
-        "rollouts": len(rollouts),
-        "rollouts_of_unfinished_samples": sum(Job.of(rollout) not in finished for rollout in rollouts),
+        "rollouts": len(collected),
+        "rollouts_of_unfinished_samples": collected.unfinished,
         "rewards": sorted({sample["reward"] for sample in samples}),
         "oracles": oracles(samples),
         "runs": summarise(samples, plan.tasks, plan.colors),
@@ -68,15 +59,19 @@ def write_outputs(plan: Plan, folder: RunFolder, *, seconds: float, charts: bool
     write_json(folder.path.parent / f"wandb_experiments_{folder.stamp}.json", everything)
     if charts:
         _remove_charts(folder.path)
-        draw(samples, rollouts, plan, folder.path)
-    write_report(folder.path)
+        draw(collected, plan, folder.path, order)
+    write_report(folder.path, collected)
     return written
 
 
 def draw(
-    samples: Sequence[SampleRecord], rollouts: Sequence[RolloutRecord], plan: Plan, folder: Path
+    collected: Collected, plan: Plan, folder: Path, order: Mapping[Job, int], dataset: str | None = None
 ) -> Mapping[str, Path]:
-    """The charts of these records, by name: PNG files in the folder."""
+    """The charts of all records, or of one data set, by name: PNG files in the folder."""
+    samples = [one for one in collected.sorted_samples(order) if dataset in (None, one["dataset"])]
+    rollouts = collected.rollouts(order)
+    if dataset is not None:
+        rollouts = of_dataset(rollouts, dataset)
     with reported(folder):
         try:
             return write_charts(samples, rollouts, plan.colors, folder)

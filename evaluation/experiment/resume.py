@@ -17,7 +17,7 @@ from dts.evaluation.records import Record
 logger = logging.getLogger(__name__)
 
 # May change from one process to the next: no record depends on it.
-FREE = ("engine", "workers", "tracker", "wandb_mode", "reward_timeout")
+FREE = ("engine", "workers", "tracker", "wandb_mode", "reward_timeout", "prompts_at_once")
 
 
 def stored_config(path: Path, given: Mapping[str, Any]) -> ExperimentConfig:

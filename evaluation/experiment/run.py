@@ -10,15 +10,16 @@ import collections
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from dts.errors import UsageError
+from dts.evaluation.collected import Collected
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.outputs import write_outputs
 from dts.evaluation.experiment.plan import Plan, describe
 from dts.evaluation.experiment.progress import Progress
 from dts.evaluation.experiment.recorder import Engine, Recorder
-from dts.evaluation.records import Job, Record, SampleRecord
+from dts.evaluation.records import Job, Record
 from dts.evaluation.run_folder import RunFolder, write_json
 from dts.evaluation.tracking import Tracker
 
@@ -32,12 +33,12 @@ def run(
     try:
         if not (folder.path / "config.json").exists():
             write_json(folder.path / "config.json", describe(plan))
-        done = repair(plan, folder)
-        before = sum(sample["time"] for sample in done)
-        finished = {Job.of(sample) for sample in done}
+        collected = repair(plan, folder)
+        before = sum(sample["time"] for sample in collected.samples)
+        finished = {Job.of(sample) for sample in collected.samples}
         todo = [job for job in plan.jobs() if job not in finished]
-        bar = Progress(len(todo) + len(done), len(done), shown=progress)
-        recorder = Recorder(plan, folder, tracker, bar, todo)
+        bar = Progress(len(todo) + len(finished), len(finished), shown=progress)
+        recorder = Recorder(plan, folder, tracker, bar, todo, collected)
         try:
             recorder.replay()
             engine(plan, todo, backend, recorder)
@@ -45,26 +46,45 @@ def run(
             bar.close()
             recorder.close()
             seconds = before + time.perf_counter() - started
-            summary = write_outputs(plan, folder, seconds=seconds, charts=not recorder.charts_are_current)
+            summary = write_outputs(plan, folder, collected, seconds=seconds, charts=not recorder.charts_are_current)
     finally:
         folder.close()
     return summary
 
 
-def repair(plan: Plan, folder: RunFolder) -> list[SampleRecord]:
-    """The finished samples of a folder, once what an interrupted process left half done is taken out of its files."""
-    samples, rollouts = folder.samples(), folder.rollouts()
-    known, finished = set(plan.jobs()), collections.Counter(map(_job_of, samples))
-    for job, times in finished.items():
-        if times > 1 or job not in known:
-            what = f"holds a sample {times} times" if times > 1 else "holds a sample that its config.json does not name"
-            raise UsageError(
-                f"{folder.path / 'samples.jsonl'} {what}: {' '.join(map(str, job))}; delete the extra line"
-            )
-    kept = [record for record in rollouts if _job_of(record) in finished]
-    there = collections.Counter(map(_job_of, kept))
-    for sample in samples:
+def repair(plan: Plan, folder: RunFolder) -> Collected:
+    """What a folder holds, once what an interrupted process left half done is taken out of its files."""
+    collected = Collected()
+    known, finished = set(plan.jobs()), collections.Counter[Job]()
+    for sample in folder.samples():
         job = _job_of(sample)
+        finished[job] += 1
+        if finished[job] > 1 or job not in known:
+            what = "a sample 2 times" if finished[job] > 1 else "a sample that its config.json does not name"
+            raise UsageError(
+                f"{folder.path / 'samples.jsonl'} holds {what}: {' '.join(map(str, job))}; delete the extra line"
+            )
+        collected.add_sample(cast("Mapping[str, Any]", sample))
+    there, dropped = collections.Counter[Job](), 0
+    for rollout in folder.rollouts():
+        job = _job_of(rollout)
+        if job in finished:
+            there[job] += 1
+            collected.add_rollout(rollout)
+        else:
+            dropped += 1
+    _check_complete(folder, collected, there)
+    for name in ("samples", "rollouts", "tracked"):
+        folder.trim(name)
+    if dropped:
+        folder.keep("rollouts", lambda record: Job.of(record) in finished)
+    return collected
+
+
+def _check_complete(folder: RunFolder, collected: Collected, there: Mapping[Job, int]) -> None:
+    """Every sample has its figures, and its rollouts: `there` counts them."""
+    for sample in collected.samples:
+        job = Job.of(sample)
         if not all(isinstance(sample.get(key), int | float) for key in ("rollouts", "time", "best_reward")):
             raise UsageError(
                 f"{folder.path / 'samples.jsonl'} holds a damaged record of {' '.join(map(str, job))}; delete its line"
@@ -74,10 +94,6 @@ def repair(plan: Plan, folder: RunFolder) -> list[SampleRecord]:
                 f"{folder.path / 'rollouts.jsonl'} holds {there[job]} of the {sample['rollouts']} rollouts of "
                 f"{' '.join(map(str, job))}; delete the line of that sample in samples.jsonl to decode it again"
             )
-    folder.keep("samples", samples)
-    folder.keep("rollouts", kept)
-    folder.keep("tracked", folder.records("tracked"))
-    return samples
 
 
 def _job_of(record: Mapping[str, Any]) -> Job:

@@ -231,11 +231,17 @@ def shuffled_monotonicity(rewards: Sequence[float], draws: int = 2000, seed: int
     The mean is exact: 1/2 plus half the share of tied pairs. The deviation comes from `draws` permutations.
     """
     values = np.asarray(rewards, float)
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return Monotonicity(math.nan, math.nan)
-    counts = np.unique(values, return_counts=True)[1]
-    tied = float((counts * (counts - 1)).sum()) / (n * (n - 1))
     shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)  # [draws, n]
     shares = (shuffled[:, 1:] >= shuffled[:, :-1]).mean(axis=1)
-    return Monotonicity(0.5 + 0.5 * tied, float(shares.std()))
+    return Monotonicity(expected_monotonicity(rewards), float(shares.std()))
+
+
+def expected_monotonicity(rewards: Sequence[float]) -> float:
+    """The mean alone, without permutations; NaN for fewer than two rewards."""
+    n = len(rewards)
+    if n < 2:
+        return math.nan
+    counts = np.unique(np.asarray(rewards, float), return_counts=True)[1]
+    return 0.5 + 0.5 * float((counts * (counts - 1)).sum()) / (n * (n - 1))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+AT_ONCE = 100_000  # numbers of units that are held together
 
 
 class Interval(NamedTuple):
@@ -34,42 +37,58 @@ def bootstrap(
     if not columns or any(len(column) != len(columns[0]) for column in columns) or not len(columns[0]):
         raise ValueError(f"bootstrap needs columns of one length above 0, got lengths {[len(c) for c in columns]}")
     arrays = [np.asarray(column) for column in columns]
-    units = _units(len(arrays[0]), clusters)
+    units = _Units.of(len(arrays[0]), clusters)
     value = float(statistic(*arrays))
     if len(units) < 2:
         return Interval(value, math.nan, math.nan)
 
     def of_units(chosen: np.ndarray) -> float:
-        rows = np.concatenate([units[int(unit)] for unit in chosen])
+        rows = units.rows(chosen)
         return float(statistic(*(array[rows] for array in arrays)))
 
-    import scipy.stats
+    found = np.array([of_units(chosen) for chosen in _draws(len(units), resamples, seed)])
+    ends = None
+    if method == "bca":
+        left_out = (np.delete(np.arange(len(units)), unit) for unit in range(len(units)))
+        ends = _bca(found, value, np.array([of_units(chosen) for chosen in left_out]), level)
+    # BCa has no acceleration or bias where the jackknife or all resamples agree; percentiles always exist.
+    return Interval(value, *(ends or percentiles(found, level)))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a statistic that never varies makes BCa 0/0, which is handled below
-        result = scipy.stats.bootstrap(
-            (np.arange(len(units)),),
-            of_units,
-            n_resamples=resamples,
-            vectorized=False,
-            confidence_level=level,
-            method="BCa" if method == "bca" else "percentile",
-            rng=np.random.default_rng(seed),
-        )
-    low, high = (float(end) for end in result.confidence_interval)
-    if math.isnan(low) or math.isnan(high):
-        # BCa has no acceleration or bias where the jackknife or all resamples agree; percentiles always exist.
-        low, high = percentiles(result.bootstrap_distribution, level)
-    return Interval(value, low, high)
+
+def _draws(units: int, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Numbers of units, drawn with replacement, [units], `count` times: the same however many are held at once."""
+    rng = np.random.default_rng(seed)
+    at_once = max(1, AT_ONCE // units)
+    for start in range(0, count, at_once):
+        yield from rng.integers(0, units, size=(min(at_once, count - start), units))
+
+
+def _bca(found: np.ndarray, value: float, jackknife: np.ndarray, level: float) -> tuple[float, float] | None:
+    """Efron's bias-corrected and accelerated interval (1987), as in scipy.stats.bootstrap; None where it is 0/0.
+
+    found: the statistic of each resample. jackknife: of all units but one.
+    """
+    normal = NormalDist()
+    share = float((found < value).mean() + (found <= value).mean()) / 2
+    influence = jackknife.mean() - jackknife
+    spread = float((influence**2).sum()) ** 1.5
+    if not 0 < share < 1 or not spread > 0:
+        return None
+    bias, acceleration = normal.inv_cdf(share), float((influence**3).sum()) / (6 * spread)
+    tail = normal.inv_cdf((1 - level) / 2)
+    sums = [bias + end for end in (tail, -tail)]
+    ends = [normal.cdf(bias + z / (1 - acceleration * z)) for z in sums]
+    low, high = np.percentile(found, [100 * end for end in ends])
+    return float(low), float(high)
 
 
 def resamples(
     items: int, clusters: Sequence[Hashable] | None = None, *, count: int = 2000, seed: int = 0
 ) -> list[np.ndarray]:
     """Row numbers of `count` bootstrap samples: what `bootstrap` draws. For many statistics of the same samples."""
-    units = _units(items, clusters)
+    units = _Units.of(items, clusters)
     chosen = np.random.default_rng(seed).integers(len(units), size=(count, len(units)))
-    return [np.concatenate([units[unit] for unit in row]) for row in chosen]
+    return [units.rows(row) for row in chosen]
 
 
 def percentiles(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -104,7 +123,8 @@ def sign_flip_test(
     Exact where all 2^units patterns fit into `permutations`. With `clusters`, whole clusters flip together.
     """
     differences = _differences(first, second)
-    sums = np.array([differences[rows].sum() for rows in _units(len(differences), clusters)])
+    units = _Units.of(len(differences), clusters)
+    sums = np.add.reduceat(differences[units.order], units.starts)
     if len(sums) < 2 or not sums.any():
         return 1.0  # one unit: both signs are equally extreme
 
@@ -172,16 +192,35 @@ def _differences(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
 
 
 def _cluster_means(values: np.ndarray, clusters: Sequence[Hashable] | None) -> np.ndarray:
-    return np.array([values[rows].mean() for rows in _units(len(values), clusters)])
+    units = _Units.of(len(values), clusters)
+    return np.asarray(np.add.reduceat(values[units.order], units.starts) / units.sizes)
 
 
-def _units(items: int, clusters: Sequence[Hashable] | None) -> list[np.ndarray]:
-    """Row numbers of each unit."""
-    if clusters is None:
-        return [np.array([row]) for row in range(items)]
-    if len(clusters) != items:
-        raise ValueError(f"{len(clusters)} cluster names for {items} items; give one per item")
-    rows: dict[Hashable, list[int]] = {}
-    for row, name in enumerate(clusters):
-        rows.setdefault(name, []).append(row)
-    return [np.array(members) for members in rows.values()]
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """What is resampled: groups of rows, in the order in which they first occur."""
+
+    order: np.ndarray  # row numbers, [items], the rows of a unit together
+    starts: np.ndarray  # of each unit in `order`, [units]
+    sizes: np.ndarray  # [units]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def rows(self, chosen: np.ndarray) -> np.ndarray:
+        """The rows of the chosen units, one after another."""
+        sizes = self.sizes[chosen]
+        first = np.cumsum(sizes) - sizes  # where each chosen unit begins in the result
+        return self.order[np.arange(sizes.sum()) + np.repeat(self.starts[chosen] - first, sizes)]
+
+    @classmethod
+    def of(cls, items: int, clusters: Sequence[Hashable] | None) -> _Units:
+        if clusters is None:
+            return cls(np.arange(items), np.arange(items), np.ones(items, int))
+        if len(clusters) != items:
+            raise ValueError(f"{len(clusters)} cluster names for {items} items; give one per item")
+        rows: dict[Hashable, list[int]] = {}
+        for row, name in enumerate(clusters):
+            rows.setdefault(name, []).append(row)
+        sizes = np.array([len(members) for members in rows.values()], int)
+        return cls(np.concatenate([np.array(m) for m in rows.values()]), np.cumsum(sizes) - sizes, sizes)

@@ -19,30 +19,41 @@ from dts.evaluation.tasks.oracle import marked, sees_reference
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1)), "v"))  # line, marker by method
 _LONE_MARKER: dict[str, Any] = {"markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2, "zorder": 4}
 _INK = "#333333"
+MOST_ROWS = 200  # of a heat map: more than that are fewer pixels than rows
+Rollouts = Sequence[RolloutRecord] | pd.DataFrame  # one row for each
 
 
 def write_charts(
-    samples: Sequence[SampleRecord], rollouts: Sequence[RolloutRecord], colors: Mapping[str, str], folder: Path
+    samples: Sequence[SampleRecord], rollouts: Rollouts, colors: Mapping[str, str], folder: Path
 ) -> dict[str, Path]:
     """All charts as PNG files in `folder`, by name: `NAME.png`, or `NAME_DATASET.png` each where there are several
     datasets. Nothing is drawn before a sample is finished."""
     paths: dict[str, Path] = {}
+    every = pd.DataFrame(rollouts)
     datasets = list(dict.fromkeys(record.get("dataset") for record in samples))
     for dataset in datasets:
         suffix = f"_{dataset}" if len(datasets) > 1 else ""
         own = [sample for sample in samples if sample.get("dataset") == dataset]
-        of_own = [rollout for rollout in rollouts if rollout.get("dataset") == dataset]
-        for name, figure in figures(own, of_own, colors).items():
+        for name, figure in figures(own, of_dataset(every, dataset), colors).items():
             paths[name + suffix] = folder / f"{name}{suffix}.png"
             figure.savefig(paths[name + suffix], dpi=150, bbox_inches="tight", facecolor="white")
     return paths
 
 
-def figures(
-    samples: Sequence[SampleRecord], rollouts: Sequence[RolloutRecord], colors: Mapping[str, str]
-) -> dict[str, Figure]:
+def of_dataset(rollouts: pd.DataFrame, dataset: str | None) -> pd.DataFrame:
+    """Those of one dataset, without a copy where there is no other."""
+    own = rollouts["dataset"] == dataset if "dataset" in rollouts else None
+    return rollouts if own is None or own.all() else rollouts[own]
+
+
+def together(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of several runs."""
+    return parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+
+
+def figures(samples: Sequence[SampleRecord], rollouts: Rollouts, colors: Mapping[str, str]) -> dict[str, Figure]:
     """The charts of one dataset, whose rewards are comparable."""
-    s, r = pd.DataFrame(samples), pd.DataFrame(rollouts)
+    s, r = pd.DataFrame(samples), pd.DataFrame(rollouts).copy(deep=False)
     known = {(one["model"], one["method"]) for one in samples if sees_reference(one)}
     for frame in (s, r) if known else ():
         frame["oracle"] = [key in known for key in zip(frame["model"], frame["method"], strict=True)]
@@ -118,7 +129,7 @@ def speed_quality(samples: pd.DataFrame, colors: Mapping[str, str]) -> Figure:
 
 
 def rollout_heatmap(rollouts: pd.DataFrame) -> Figure:
-    """Reward of every rollout of every sample: a panel per model and method with more than one rollout."""
+    """Reward of every rollout, at most `MOST_ROWS` samples: a panel per model and method with several rollouts."""
     groups = list(_groups(rollouts))
     groups = [(key, own) for key, own in groups if own["rollout_idx"].max() > 0] or groups
     methods = len({method for (_, method), _ in groups})
@@ -130,7 +141,7 @@ def rollout_heatmap(rollouts: pd.DataFrame) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     low, high = rollouts["rollout_reward"].min(), rollouts["rollout_reward"].max()
     for axes, ((model, method), own) in zip(grid, groups, strict=False):
-        values = _by_rollout(own, "rollout_reward").T  # [samples, rollouts]
+        values = _spread(_by_rollout(own, "rollout_reward").T)  # [samples, rollouts]
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axes.set_title(f"{model}\n{method}", fontsize=10, color=_INK)
         axes.set_xticks(*_ticks([int(c) + 1 for c in values.columns]))
@@ -139,9 +150,17 @@ def rollout_heatmap(rollouts: pd.DataFrame) -> Figure:
         axes.set_ylabel("sample")
     for axes in grid[len(groups) :]:
         axes.set_visible(False)
-    figure.suptitle(_title("Reward of every rollout", rollouts), x=0.01, ha="left", fontsize=12, color=_INK)
+    some = f", {MOST_ROWS} of {samples:,} samples" if samples > MOST_ROWS else ""
+    figure.suptitle(_title(f"Reward of every rollout{some}", rollouts), x=0.01, ha="left", fontsize=12, color=_INK)
     figure.colorbar(image, ax=grid[: len(groups)], label="reward", fraction=0.05)
     return figure
+
+
+def _spread(rows: pd.DataFrame) -> pd.DataFrame:
+    """At most `MOST_ROWS` rows, evenly spaced."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    return rows.iloc[np.linspace(0, len(rows) - 1, MOST_ROWS).round().astype(int)]
 
 
 def reward_vs_tokens(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> Figure:
@@ -162,14 +181,19 @@ def reward_vs_tokens(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> Figur
 
 
 def _groups(frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    grouped = frame.groupby(["model", "method"], sort=False)
+    grouped = frame.groupby(["model", "method"], sort=False, observed=True)
     return [((str(key[0]), str(key[1])), own) for key, own in grouped]
 
 
 def _by_rollout(own: pd.DataFrame, column: str) -> pd.DataFrame:
     """[rollouts, samples]; empty where a sample has fewer rollouts. A sample under another seed is another sample."""
-    units = [name for name in ("seed", "sample") if name in own]
-    return own.pivot_table(index="rollout_idx", columns=units, values=column)
+    names = [name for name in ("seed", "sample") if name in own]
+    unit = own.groupby(names, sort=True).ngroup().to_numpy()
+    units = own[names].drop_duplicates().sort_values(names)
+    last = int(own["rollout_idx"].max())
+    table = np.full((last + 1, len(units)), np.nan)
+    table[own["rollout_idx"], unit] = own[column]
+    return pd.DataFrame(table, columns=pd.MultiIndex.from_frame(units))
 
 
 def _styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:

@@ -18,16 +18,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dts.evaluation.collected import EXAMPLES, Collected
 from dts.evaluation.measures import statistics
 from dts.evaluation.records import Cell, Record, SampleRecord
 from dts.evaluation.report import charts
-from dts.evaluation.report.runs import Run, load_runs
+from dts.evaluation.report.runs import Run, load_run, load_runs
 from dts.evaluation.report.summary import number
 from dts.evaluation.report.svg import inline_svg
 from dts.evaluation.run_folder import to_json, write_text
 from dts.evaluation.tasks.oracle import marked, oracles, sees_reference
 
-MAX_EXAMPLES = 12  # per data set
 SCRIPTS = ("tree.js", "overview.js", "viewer.js")
 CHARTS = {
     "reward_over_rollouts": ("Reward over rollouts", "Mean over samples after each rollout. A method with a single "
@@ -42,9 +42,9 @@ CHARTS = {
 }  # fmt: skip
 
 
-def write_report(folder: Path) -> Path:
-    """`report.html` in the run folder, from its files."""
-    return compare([folder], Path(folder) / "report.html")
+def write_report(folder: Path, collected: Collected | None = None) -> Path:
+    """`report.html` in the run folder, from its files. collected: its records, where they are in memory already."""
+    return write_text(Path(folder) / "report.html", render([load_run(Path(folder), collected=collected)]))
 
 
 def compare(folders: Sequence[Path], target: Path) -> Path:
@@ -106,7 +106,7 @@ def _plain(value: Any) -> str:
 def _dataset(name: str, runs: Sequence[Run]) -> Record:
     """Everything the page says about one data set; rewards of two are not comparable."""
     samples = [s for run in runs for s in run.samples if s["dataset"] == name]
-    rollouts = [r for run in runs for r in run.rollouts if r["dataset"] == name]
+    rollouts = charts.together([charts.of_dataset(run.rollouts, name) for run in runs])
     colors = {model: color for run in runs for model, color in run.colors.items()}
     drawn = charts.figures(samples, rollouts, colors)
     cells = [cell for run in runs for cell in run.summary["runs"] if cell["dataset"] == name]
@@ -159,10 +159,10 @@ def _examples(samples: Sequence[SampleRecord]) -> list[Record]:
     seeds: dict[str, int] = {}
     for sample in samples:
         seed = seeds.setdefault(sample["id"], sample["seed"])
-        if seed == sample["seed"]:
+        if seed == sample["seed"] and sample["sample"] < EXAMPLES:
             groups.setdefault((sample["id"], seed), []).append(sample)
     examples = []
-    for (name, seed), answers in list(groups.items())[:MAX_EXAMPLES]:
+    for (name, seed), answers in list(groups.items())[:EXAMPLES]:
         best = max(answer["best_reward"] for answer in answers)
         prompt = next((answer["prompt"] for answer in answers if "prompt" in answer), None)
         examples.append({"id": name, "seed": seed, "prompt": _prompt(prompt), "best": best, "answers": answers})

@@ -3,9 +3,13 @@
     python -m dts.evaluation.study --datasets keyword har m4 --output DIR
 
 Best-of-N at the largest budget sets the tokens; every other method gets a share of them. Each search is one line of
-DIR/study.jsonl, written when it is finished; the same command continues where it was interrupted, and `--report DIR`
-prints the tables of `equal_tokens_report` again. Tokens are those forwarded after the prompt, which every method pays
-once.
+DIR/study.jsonl; the same command continues where it was interrupted, and `--report` prints the tables of
+`equal_tokens_report` again. Tokens are those forwarded after the prompt, which every method pays once.
+
+    python -m dts.evaluation.study --width 4 --output DIR
+
+has all prompts of a data set in flight, each search 4 paths wide, best-of-N too. Each moment is then divided equally
+among the searches under way: the seconds of a search are its share of a batch that all of them fill.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import copy
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +29,7 @@ from tqdm import tqdm
 
 from dts.errors import DTSError, UsageError
 from dts.evaluation.experiment.decode_job import sample_seed
+from dts.evaluation.experiment.together import SharedClock
 from dts.evaluation.run_folder import RunFolder, reported, write_json
 from dts.evaluation.studies.equal_tokens_report import REFERENCE, Found, SearchRecord, write_report
 from dts.evaluation.tasks import load_task
@@ -47,6 +53,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     max_tokens: int = 32
     batch_size: int = 8
+    width: int | None = None  # paths of each search with all prompts of a data set in flight; None: one by one
     share: float = 0.5  # of the reference's tokens that every other method may forward
     reward_scale: float = 16.0
     draws: int = 16  # from the estimate of pi*, by methods that keep one
@@ -56,8 +63,8 @@ class Study:
         for name in ("datasets", "methods", "budgets", "seeds"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} is empty; give at least one")
-        for name in ("prompts", "max_tokens", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("prompts", "max_tokens", "batch_size", "width"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is not allowed; give 1 or more")
         if not 0 < self.share <= 1:
             raise UsageError(f"--share {self.share} is not allowed; give a number above 0 and up to 1")
@@ -72,12 +79,12 @@ class Study:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One prompt under one seed; all methods of a cell are compared with each other."""
+class Group:
+    """Prompts of a data set under one seed that are decoded together: all of them, or one where there is no width."""
 
     dataset: str
-    index: int
     seed: int
+    indices: tuple[int, ...]
 
 
 def load_tasks(study: Study) -> dict[str, Task]:
@@ -95,66 +102,108 @@ def run(study: Study, folder: RunFolder, *, progress: bool = False) -> None:
     import dts
 
     tasks = load_tasks(study)
-    cells = [
-        Cell(name, i, seed) for name, task in tasks.items() for i in range(len(task.examples)) for seed in study.seeds
-    ]
-    folder.keep("study", folder.records("study"))  # without a last line that was cut off
+    folder.trim("study")
     done = {_key(record): record for record in cast("list[SearchRecord]", folder.records("study"))}
     lm = dts.load(study.model)
-    with tqdm(total=len(cells) * (1 + len(study.methods)), unit="search", disable=not progress) as bar:
-        for cell in cells:
-            for record in _of_cell(study, cell, tasks[cell.dataset], lm, done):
-                if _key(record) not in done:
-                    folder.append("study", record)
-                    folder.sync("study")
-                bar.update()
+    groups = [
+        group for name, task in tasks.items() for seed in study.seeds for group in _groups(study, name, seed, task)
+    ]
+    total = sum(len(group.indices) for group in groups) * (1 + len(study.methods))
+    with tqdm(total=total, unit="search", disable=not progress) as bar:
+        for group in groups:
+            _compare(study, group, tasks[group.dataset], lm, done, folder, bar)
+
+
+def _groups(study: Study, name: str, seed: int, task: Task) -> list[Group]:
+    every = range(len(task.examples))
+    return [Group(name, seed, tuple(every))] if study.width else [Group(name, seed, (i,)) for i in every]
 
 
 def _key(record: SearchRecord) -> tuple[Any, ...]:
     return record["dataset"], record["id"], record["seed"], record["method"]
 
 
-def _of_cell(study: Study, cell: Cell, task: Task, lm: Any, done: dict[Any, SearchRecord]) -> Iterator[SearchRecord]:
-    """The reference, whose tokens are the budget, then every method."""
+def _compare(
+    study: Study, group: Group, task: Task, lm: Any, done: dict[Any, SearchRecord], folder: RunFolder, bar: Any
+) -> None:
+    """The reference, whose tokens are the budgets, then every method. A group is recorded as a whole: seconds mean
+    something only beside as many neighbours as the others had."""
+    limits: list[Budget | None] = [None] * len(group.indices)
+    for name in (REFERENCE, *study.methods):
+        ids = [task.examples[i].id for i in group.indices]
+        known = [done.get((group.dataset, one, group.seed, name)) for one in ids]
+        records = [record for record in known if record is not None]
+        if len(records) < len(ids):
+            rollouts = max(study.budgets) if name == REFERENCE else ENDLESS
+            records = _searches(study, group, task, lm, name, rollouts, limits, bar)
+            for record in records:
+                if _key(record) not in done:
+                    folder.append("study", record)
+            folder.sync("study")
+        else:
+            bar.update(len(records))
+        if name == REFERENCE:
+            limits = [Budget(tokens=r["prompt_tokens"] + math.ceil(study.share * r["tokens"][-1])) for r in records]
+
+
+def _searches(
+    study: Study, group: Group, task: Task, lm: Any, name: str, rollouts: int, limits: Sequence[Budget | None], bar: Any
+) -> list[SearchRecord]:
+    """One method on every prompt of the group, all in flight.
+
+    Seconds are shared: each moment is divided equally among the searches under way, which are equally wide. They are
+    CPU seconds where the model is on the CPU, else of the wall clock.
+    """
+    import dts
     from dts.search import METHODS
 
-    example = task.examples[cell.index]
-    head = {"dataset": cell.dataset, "id": example.id, "seed": cell.seed}
+    method = METHODS[name](rollouts, study.reward_scale)
+    # Samples learn nothing from each other: alone, best-of-N is as wide as it can be.
+    width = study.width or (method.batch_size() if name == REFERENCE else study.batch_size)
+    rewards = [task.reward(task.examples[i]) for i in group.indices]
+    clock = SharedClock(time.process_time if _on_cpu(lm) else time.perf_counter)
+    seconds: list[list[float]] = [[] for _ in rewards]
+    found: dict[int, tuple[Result, float]] = {}
 
-    def search(name: str, rollouts: int, budget: Budget | None) -> SearchRecord:
-        if (known := done.get((*head.values(), name))) is not None:
-            return known
-        import dts
+    def requests() -> Iterator[dts.Request]:
+        for place, index in enumerate(group.indices):
+            clock.start(place)
+            seed = sample_seed(group.seed, index) + (0 if name == REFERENCE else 1)
+            example = task.examples[index]
+            yield dts.Request(
+                example.prompt, rewards[place], seed, limits[place], f"{group.dataset} {example.id} {name}"
+            )
 
-        reward = task.reward(example)
-        result = dts.decode(
-            lm,
-            example.prompt,
-            reward=reward,
-            method=METHODS[name](rollouts, study.reward_scale),
-            max_new_tokens=study.max_tokens,
-            stop=task.stop,
-            batch_size=study.batch_size if name != REFERENCE else None,  # samples learn nothing from each other
-            seed=sample_seed(cell.seed, cell.index) + (0 if name == REFERENCE else 1),
-            budget=budget,
-        )
-        mark = {"oracle": True} if is_oracle(reward) else {}
-        return outcome({**head, "method": name, **mark}, result, study.draws)
-
-    reference = search(REFERENCE, max(study.budgets), None)
-    yield reference
-    limit = Budget(tokens=reference["prompt_tokens"] + math.ceil(study.share * reference["tokens"][-1]))
-    for name in study.methods:
-        yield search(name, ENDLESS, limit)
+    for place, result in dts.decode_many(
+        lm, requests(), method=method, batch_size=width * len(rewards), width=width, max_new_tokens=study.max_tokens,
+        stop=task.stop, as_completed=True, on_rollout=lambda place, _: seconds[place].append(clock.read(place)),
+    ):  # fmt: skip
+        found[place] = result, clock.stop(place)
+        bar.update()
+    records = []
+    for place, index in enumerate(group.indices):  # draws are made when all clocks have stopped
+        mark = {"oracle": True} if is_oracle(rewards[place]) else {}
+        head = {"dataset": group.dataset, "id": task.examples[index].id, "seed": group.seed, "method": name, **mark}
+        result, spent = found[place]
+        records.append(outcome(head, result, study.draws, spent, seconds[place]))
+    return records
 
 
-def outcome(head: Mapping[str, Any], result: Result, draws: int) -> SearchRecord:
-    """A search as one record: its rollouts in order, its completions, and draws from its estimate of pi*."""
-    usage, prompt, nodes = copy.copy(result.usage), result.usage.prompt_tokens, len(result.tree)  # drawing adds to them
+def _on_cpu(lm: Any) -> bool:
+    return getattr(getattr(lm, "device", None), "type", "cpu") == "cpu"
+
+
+def outcome(
+    head: Mapping[str, Any], result: Result, draws: int, seconds: float, reached: Sequence[float]
+) -> SearchRecord:
+    """A search as one record: its rollouts in order, its completions, and draws from its estimate of pi*.
+    seconds: of the whole search. reached: when each rollout was finished."""
+    usage, nodes = copy.copy(result.usage), len(result.tree)  # drawing adds to them
+    prompt = usage.prompt_tokens - usage.cached_tokens  # what went through the model for this search
     drawn = result.sample(draws, seed=0) if result.values is not None and draws else []
     return {
         **cast("SearchRecord", head),
-        "prompt_tokens": prompt,
+        "prompt_tokens": usage.prompt_tokens,
         "tokens": [r.tokens - prompt for r in result.rollouts],
         "rewards": [r.reward for r in result.rollouts],
         "start_depths": [r.start_depth for r in result.rollouts],
@@ -162,7 +211,8 @@ def outcome(head: Mapping[str, Any], result: Result, draws: int) -> SearchRecord
         "unique": usage.unique_tokens - prompt,
         "nodes": nodes,
         "model_calls": usage.model_calls,
-        "seconds": usage.seconds,
+        "seconds": seconds,
+        "seconds_at": list(reached),
         "reward_calls": usage.reward_calls,
         "reward_tokens": usage.reward_tokens,
         "reward_seconds": usage.reward_seconds,
@@ -192,7 +242,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=default.prompts, help="for each data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=default.seeds)
     parser.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of a completion")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="paths of a search, one by one")
+    parser.add_argument("--width", type=int, help="all prompts of a data set in flight, so many paths for each search, "
+                        "of best-of-n too")  # fmt: skip
     parser.add_argument("--share", type=float, default=default.share, help="of best-of-N's tokens for the others")
     parser.add_argument("--reward-scale", type=float, default=default.reward_scale, help="lambda")
     parser.add_argument("--draws", type=int, default=default.draws, help="from the estimate of pi*")

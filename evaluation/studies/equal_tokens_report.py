@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -44,10 +44,11 @@ class SearchRecord(Mark):
     unique: int
     nodes: int
     model_calls: int
-    seconds: float
+    seconds: float  # its share of the batch's
+    seconds_at: NotRequired[list[float]]  # when each rollout was finished
     reward_calls: int  # texts that the reward scored
     reward_tokens: int  # that its models forwarded
-    reward_seconds: float  # of the seconds
+    reward_seconds: float  # of the clock
     completions: list[Found]  # distinct, best first
     draws: list[Found]  # from the estimate of pi*
 
@@ -69,7 +70,8 @@ def write_report(folder: Path) -> str:
         parts.append(f"**Oracle reward.** {WARNING}")
     parts += [
         "## Best reward at equal forwarded tokens\n\n" + _table(*at_equal_tokens(cells, settings["budgets"])),
-        "## Tokens to reach the best reward of best-of-N\n\n" + _table(*tokens_to_reach(cells, settings["budgets"])),
+        "## Tokens and seconds to reach the best reward of best-of-N\n\n"
+        + _table(*tokens_to_reach(cells, settings["budgets"])),
         "## The best completion of each search\n\n" + _table(*quality(cells)),
         "## Completions as good as the best of best-of-N\n\n" + _table(*as_good(cells)),
         "## Draws against best-of-n at the same mean reward\n\n" + _table(*over_optimisation(cells)),
@@ -132,8 +134,9 @@ def at_equal_tokens(cells: Cells, budgets: Sequence[int]) -> tuple[Row, list[Row
 
 
 def tokens_to_reach(cells: Cells, budgets: Sequence[int]) -> tuple[Row, list[Row]]:
-    """Ratio of best-of-N's tokens to those a method needs for the same best reward; a search that never gets there
-    counts with all it spent."""
+    """Ratio of best-of-N's tokens, and of its seconds, to those a method needs for the same best reward; a search that
+    never gets there counts with all it spent. The last column adds up the seconds of all prompts, of best-of-N and of
+    the method."""
     rows = []
     for dataset, every in cells.items():
         for n in budgets:
@@ -141,17 +144,39 @@ def tokens_to_reach(cells: Cells, budgets: Sequence[int]) -> tuple[Row, list[Row
                 ratios, censored = [], 0
                 for cell in own:
                     reference = cell[REFERENCE]
-                    spent = reference["tokens"][n - 1]
                     needed = reached_at(cell[name], max(reference["rewards"][:n]))
                     censored += needed == math.inf
-                    ratios.append(spent / min(needed, cell[name]["spent"]))
-                geometric = bootstrap(mean, np.log(ratios))
-                low, middle, high = (math.exp(x) for x in (geometric.low, geometric.value, geometric.high))
+                    ratios.append(reference["tokens"][n - 1] / min(needed, cell[name]["spent"]))
+                pairs = [_seconds_to_reach(cell[REFERENCE], cell[name], n) for cell in own]
                 rows.append(
-                    [dataset, str(n), name, f"{np.median(ratios):.1f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]",
-                     f"{min(ratios):.2f}", f"{censored} of {len(own)}"]
+                    [dataset, str(n), name, f"{np.median(ratios):.1f}", _geometric(ratios), f"{min(ratios):.2f}",
+                     f"{censored} of {len(own)}", *_seconds(pairs)]
                 )  # fmt: skip
-    return ["data", "N", "method", "median ratio", "geometric mean", "least", "never reached"], rows
+    header = ["data", "N", "method", "median ratio", "geometric mean", "least", "never reached"]
+    return [*header, "seconds, geometric mean", "seconds of all"], rows
+
+
+def _geometric(ratios: Sequence[float]) -> str:
+    found = bootstrap(mean, np.log(ratios))
+    low, middle, high = (math.exp(x) for x in (found.low, found.value, found.high))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _seconds_to_reach(reference: SearchRecord, record: SearchRecord, n: int) -> tuple[float, float] | None:
+    """Seconds of n samples, and of the method up to their best reward; None where they were not recorded."""
+    if "seconds_at" not in reference or "seconds_at" not in record:
+        return None
+    goal = max(reference["rewards"][:n]) - 1e-12
+    needed = next((s for s, r in zip(record["seconds_at"], record["rewards"], strict=True) if r >= goal), None)
+    return reference["seconds_at"][n - 1], record["seconds"] if needed is None else needed
+
+
+def _seconds(pairs: Sequence[tuple[float, float] | None]) -> list[str]:
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) < len(pairs):
+        return ["-", "-"]
+    before, after = (sum(column) for column in zip(*known, strict=True))
+    return [_geometric([a / b for a, b in known]), f"{before:.1f} to {after:.1f}"]
 
 
 def quality(cells: Cells) -> tuple[Row, list[Row]]:

@@ -28,7 +28,7 @@ import numpy as np
 from dts.errors import DTSError, UsageError
 from dts.evaluation.measures import statistics
 from dts.evaluation.records import Job, RolloutRecord, RunSummary, SampleRecord
-from dts.evaluation.report.runs import load_runs
+from dts.evaluation.report.runs import complete_records, load_runs
 from dts.evaluation.report.summary import markdown, number
 from dts.evaluation.tasks import load_task
 from dts.evaluation.tasks.base import Row, Task
@@ -78,7 +78,7 @@ def tables(
         answers = [
             answer
             for one in parts
-            for answer in _answers(task, name, one.samples, one.rollouts, one.summary["config"]["reward_scale"], after)
+            for answer in _answers(task, name, *complete_records(one), one.summary["config"]["reward_scale"], after)
         ]
         baselines = [Answers(label, [rows]) for label, rows in task.baseline_rows().items()]
         for group, ids in _groups(task, answers).items():

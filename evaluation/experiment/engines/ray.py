@@ -48,8 +48,8 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], backend: Backend, recorder: Record
             for outcome in crew.work(jobs, count):
                 recorder.note(f"{crew.size} workers, {outcome.job.model} {outcome.job.dataset} {outcome.job.method}")
                 for record in outcome.rollouts:
-                    recorder.rollout(record)
-                recorder.finish(outcome)
+                    recorder.show(record)
+                recorder.take(outcome)
         finally:
             crew.dismiss()
 
