@@ -171,7 +171,7 @@ class Goal:
     """What one search has to reach."""
 
     score: float
-    tokens: int  # that it may forward
+    tokens: int  # that it may forward, without the prompt
 
 
 class Watched:
@@ -214,21 +214,25 @@ class WatchedRun:
             if (score := self.score(completion)) > self.high:
                 self.high, self.best = score, completion
             if self.reached is None and score >= self.goal.score - 1e-9:
-                self.reached = rollout.tokens
+                self.reached = self.tokens(rollout.tokens)
         self.seen = len(self.search.rollouts)
-        used_up = nodes is not None and self.search.usage.forwarded_tokens + len(nodes) > self.goal.tokens
+        used_up = nodes is not None and self.tokens(self.search.usage.forwarded_tokens) + len(nodes) > self.goal.tokens
         return None if self.reached is not None or used_up else nodes
+
+    def tokens(self, forwarded: int) -> int:
+        """Without the prompt, whose tokens neighbours in the batch may share."""
+        return forwarded - self.search.usage.prompt_tokens
 
     def outcome(self) -> Outcome:
         return self.run.outcome()
 
     def branches(self) -> dict[str, Any]:
         """Where its rollouts left the tree, in quarters of their texts, and the share of tokens that they reused."""
-        rollouts, own = self.search.rollouts, self.search.usage.prompt_tokens
+        rollouts = self.search.rollouts
         shares = [rollout.start_depth / max(rollout.length, 1) for rollout in rollouts]
         quarters = np.bincount([min(int(4 * share), 3) for share in shares], minlength=4).tolist()
         length = sum(rollout.length for rollout in rollouts)
-        new = rollouts[-1].tokens - own if rollouts else 0
+        new = self.tokens(rollouts[-1].tokens) if rollouts else 0
         return {"quarters": quarters, "reused": max(0.0, 1 - new / max(length, 1))}
 
 
@@ -252,7 +256,7 @@ def samples(lm: Any, name: str, n: int, tokens: int, count: int, folder: Path) -
                 lm, prompts, method=BestOfN(n), max_new_tokens=tokens, seed=100, batch_size=WIDTH * count, width=WIDTH
             )
         )
-        costs = [(result.usage.forwarded_tokens, result.usage.prompt_tokens) for result in drawn]
+        costs = [result.usage.forwarded_tokens - result.usage.prompt_tokens for result in drawn]
         kept.write_bytes(pickle.dumps(([result.completions for result in drawn], costs, time.process_time() - begun)))
     completions, costs, seconds = pickle.loads(kept.read_bytes())
     return completions, (costs, seconds)
@@ -274,7 +278,7 @@ def group(lm: Any, name: str, method: str, reward: dts.Reward, options: argparse
     prompts, target = prompts_of(name, options.prompts), options.score == "target"
     begun = time.process_time()
     bests, goals, flat = [], [], []
-    for prompt, texts, (full, _) in zip(prompts, drawn, costs, strict=True):
+    for prompt, texts, full in zip(prompts, drawn, costs, strict=True):
         values = scores(lm, reward, prompt, texts)
         scored = [dataclasses.replace(text, reward=value) for text, value in zip(texts, values, strict=True)]
         best = max(scored, key=lambda text: text.reward * SCALE + target * text.logprob)
@@ -293,14 +297,14 @@ def group(lm: Any, name: str, method: str, reward: dts.Reward, options: argparse
         pass
     seconds = time.process_time() - begun
     rows = []
-    for index, (best, (full, own)) in enumerate(zip(bests, costs, strict=True)):
+    for index, (best, full) in enumerate(zip(bests, costs, strict=True)):
         if flat[index]:
             continue
         run = watched.runs[index]
         found = run.best or dataclasses.replace(best, text="", logprob=-math.inf, reward=0.0)
         rows.append({
             "prompt": index, "reward": name, "method": method, "score": options.score, "n": options.samples,
-            "tokens": tokens, "ratio": (full - own) / ((run.reached or full) - own), "reached": run.reached is not None,
+            "tokens": tokens, "ratio": full / (run.reached or full), "reached": run.reached is not None,
             "seconds": drawing / seconds, "gain": found.reward - best.reward, "nats": found.logprob - best.logprob,
             "nats_token": found.logprob / max(len(found.token_ids), 1) - best.logprob / len(best.token_ids),
             "distinct_2": distinct_2(found.text) - distinct_2(best.text),
