@@ -139,16 +139,18 @@ def tree_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of B paths over their prompts and their own lanes.
 
-    query: [1, query heads, B, dim]. Returns [1, B, query heads, dim].
+    query: [1, query heads, B, dim] or [B, query heads, 1, dim]. s_aux: attention sinks, a score [query heads] of
+    nothing. Returns [1, B, query heads, dim] or [B, 1, query heads, dim].
     """
     step, view = key.step, key
     _, heads, _, dim = view.lane_keys.shape
     groups, width, span, length = query.shape[1] // heads, step.width, step.span, step.prefix_length
-    rows = query[0]  # [query heads, B, dim]
+    rows = query.transpose(0, 1).flatten(1, 2)  # [query heads, B, dim]
     if not step.dense:
         lanes, _ = step.indices(query.device)
         lanes = lanes - step.first
@@ -159,23 +161,27 @@ def tree_attention(
     part = slice(step.first, step.first + width)
     lane_keys, lane_values = view.lane_keys[part, :, :span], view.lane_values[part, :, :span]
 
-    scores = rows.new_zeros(heads, width, groups, length + span, dtype=torch.float32)
+    sinks = 0 if s_aux is None else 1
+    every = rows.new_zeros(heads, width, groups, length + span + sinks, dtype=torch.float32)
+    scores = every[..., : length + span]
     view.score_prefixes(rows, scores[..., :length])
     scores[..., length:] = torch.matmul(rows.transpose(0, 1), lane_keys.transpose(2, 3)).transpose(0, 1)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        scores.copy_(torch.tanh(scores / softcap) * softcap)
     prefix_mask, lane_mask = step.hidden_keys(query.device, sliding_window)
     if prefix_mask is not None:
         scores[..., :length].masked_fill_(prefix_mask[:, None], -torch.inf)
     if lane_mask is not None:
         scores[..., length:].masked_fill_(lane_mask[:, None], -torch.inf)
-    weights = scores.softmax(-1).to(query.dtype)
+    if s_aux is not None:
+        every[..., -1] = s_aux.float().view(heads, 1, groups)
+    weights = every.softmax(-1)[..., : length + span].to(query.dtype)
     from_prefix = view.sum_prefixes(weights[..., :length])
     from_lanes = torch.matmul(weights[..., length:].transpose(0, 1), lane_values)  # [width, heads, groups, dim]
     output = (from_prefix.transpose(0, 1) + from_lanes).reshape(width, heads * groups, dim)
     if not step.dense:
         output = output.index_select(0, lanes)
-    return output[None].contiguous(), None  # some families take a view of it
+    return output.reshape(query.shape[0], query.shape[2], *output.shape[1:]).contiguous(), None  # views are taken of it
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

@@ -84,6 +84,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_MAMBA_HEADS, "layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 4, "qk_head_dim": 12},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
@@ -99,7 +101,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
               "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 16, "n_mamba_heads": 8,
+    # transformers' step of one token leaves out the lower bound on time steps that its other calls apply.
+    "zamba2": {"time_step_min": 1e-6,
+               "attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 16, "n_mamba_heads": 8,
                "mamba_headdim": 8, "num_query_groups": 4, "num_key_value_heads": 4, "hybrid_layer_ids": [1, 2],
                "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
 }  # fmt: skip

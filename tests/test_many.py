@@ -88,7 +88,7 @@ def test_a_prompt_gets_the_same_alone_and_beside_others(beside, tiny_lm):
 
 
 def test_the_slow_path_is_served_too():
-    lm = HFModel(random_model("gpt_oss"), ByteTokenizer())
+    lm = HFModel(random_model("openai_gpt"), ByteTokenizer())
     options = {"method": BestOfN(3), "reward": letters, "max_new_tokens": 3}
     many = list(dts.decode_many(lm, ragged(3), batch_size=6, width=3, **options))
     alone = one_by_one(lm, ragged(3), **options)
