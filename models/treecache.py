@@ -13,6 +13,9 @@ Three places hold keys and values, per layer:
 A decode step is one forward call of B tokens, of one tree or of many (`input_ids` [1, B], `position_ids` = prompt
 length + depth). The model's own attention asks the cache for keys and values; the cache stores the new ones and hands
 out a `LayerView`, which `dts.models.attention` reads.
+
+Layers with a recurrent state (`dts.models.states`) and attention code that takes nothing but tensors
+(`dts.models.gathered`) get a row for each path instead (`input_ids` [B, 1]).
 """
 
 from __future__ import annotations

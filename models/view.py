@@ -119,29 +119,20 @@ class ModelView:
 
     def _own_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward, with these hidden states instead of its decoder's."""
-        name = next(name for name, module in self.core.named_children() if module is self.decoder)
-        self.core._modules[name] = _Given(hidden[None])
+        held = vars(self.decoder)  # its class keeps its forward; hooks may have put another one here
+        before = {name: held[name] for name in ("forward",) if name in held}
+        held["forward"] = lambda *_, **__: _Output(hidden[None])
         try:
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             logits: torch.Tensor = self.core(input_ids=ids, use_cache=False).logits[0]
             return logits
         finally:
-            self.core._modules[name] = self.decoder
-
-
-class _Given(nn.Module):
-    """Stands for a decoder: whatever it is called with, it gives these hidden states."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self._output = _Output(hidden)
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        return self._output
+            del held["forward"]
+            held.update(before)
 
 
 class _Output:
-    """A decoder's output that has hidden states, and nothing else."""
+    """A decoder's output that has hidden states, and nothing of what else a family may ask for."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden

@@ -80,7 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": HEADS},
-    "falcon_h1": {**_MAMBA_HEADS, "mamba_d_ssm": 64},
+    "falcon_h1": {**_MAMBA_HEADS, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_MAMBA_HEADS, "layer_types": ["mamba", "attention", "mamba"]},
