@@ -26,7 +26,7 @@ from dts.models.view import ModelView, Way
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # absolute, in logits
 LOW_PRECISION_TOLERANCE = 0.25
-PROMPT, TAIL, PIECE = 4, 3, 2  # tokens of the check's prompt, of each of its two branches, of a piece of the prompt
+PROMPT, TAIL, PIECE = 3, 3, 2  # tokens of the check's prompt, of each of its two branches, of a piece of the prompt
 WAYS = [Way(), Way(own_head=True), Way(own_attention=True), Way(own_head=True, own_attention=True)]  # the best first
 SHORT = 3  # what a limit becomes in the second check
 # Names in configs and modules of what begins to act at some length.
@@ -40,7 +40,7 @@ ROPE_LIMIT = "original_max_position_embeddings"  # in rope parameters: some fami
 def tree_way(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> Way | str:
     """How the tree cache serves an architecture with the logits of plain calls, or why it cannot."""
     one = view()
-    ids = check_ids(one.core.config, vocab_size, PROMPT + 2 * TAIL)
+    ids = check_ids(one.core.config, vocab_size, PROMPT + 1 + 2 * TAIL)
     ways = [*WAYS, *(replace(way, whole_prompts=True) for way in WAYS)] if one.recurrent else WAYS
     problems = []
     for way in ways:
@@ -72,10 +72,11 @@ def _tree_problem(view: Callable[[], ModelView], ids: list[int], device: torch.d
 
 def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.device) -> str | None:
     """Two branches after one prompt and, in the same calls, one after a shorter prompt."""
-    branches = ids[PROMPT : PROMPT + TAIL], ids[PROMPT + TAIL :]
-    paths = [(ids[:PROMPT], branches[0]), (ids[:PROMPT], branches[1]), (ids[: PROMPT - 1], branches[0])]
-    direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])
     view = make()
+    size = PROMPT + view.recurrent  # a recurrence that goes on with a piece of two tokens
+    branches = ids[size : size + TAIL], ids[size + TAIL : size + 2 * TAIL]
+    paths = [(ids[:size], branches[0]), (ids[:size], branches[1]), (ids[: size - 1], branches[0])]
+    direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])
     long, short = (prefill(view, prompt, device, chunk=PIECE) for prompt, _ in paths[1:])
     forest = Forest(view, long, device=device, lanes=3, max_length=TAIL)
     two, one = (TreeSession(forest, Segment(prefix), Place(first, count, None, 8))
