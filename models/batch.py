@@ -12,9 +12,10 @@ import torch
 
 from dts.errors import UsageError
 from dts.lm import Session
-from dts.models.forest import Forest, Place
+from dts.models.forest import Forest, share_out
 from dts.models.prefixes import Prefix, Prefixes, Segment
 from dts.models.sessions import Prefill, TreeSession
+from dts.models.treecache import Place
 from dts.models.view import ModelView, Viewable
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ class Room:
     each of them, so that what is held stays below the bound.
     """
 
-    def __init__(self, bound: int, token: int, prompts: int, width: int, lane_length: int) -> None:
-        """bound: bytes. token: bytes of one token. prompts: trees at most."""
+    def __init__(self, bound: int, token: int, prompts: int, width: int, lane_length: int, state: int = 0) -> None:
+        """bound: bytes. token, state: bytes of one token and of one recurrent state. prompts: trees at most."""
         self.width, self.lane_length = width, lane_length
-        self.token, self._bound, self._lanes = token, bound, token * width * lane_length  # of one tree
+        self.token, self.state, self._bound = token, state, bound
+        self._lanes = width * (token * lane_length + state)  # of one tree
         self._charged: dict[int, int] = {}  # bytes by key
         self._set_places(max(1, min(prompts, bound // 2 // self._lanes)))
 
@@ -62,7 +64,7 @@ class Room:
     def take(self, key: int, prompt_tokens: int) -> int | None:
         """Charge a prompt; returns the tokens of its archive, or None where it must wait. There may be fewer places
         after it, if it was the only one."""
-        prompt = self.token * prompt_tokens
+        prompt = self.token * prompt_tokens + self.state
         if not self._charged and prompt > self._left:
             self._set_places(max(1, (self._bound - prompt) // self._lanes))
             if prompt > self._left:
@@ -122,8 +124,9 @@ class TreeBatch:
             self._forest, self._blocks = None, _blocks(self.room.places)
         if self._last is not None and not self.room.fits(self._last.stop * self.room.token):
             self._forget_last()
-        width = self.room.width
-        prompt = _Prompt(key, tuple(prompt_ids), Place(self._blocks.pop() * width, width, rows))
+        width, token = self.room.width, self.room.token
+        rooms = share_out(rows * token, token, self.room.state)
+        prompt = _Prompt(key, tuple(prompt_ids), Place(self._blocks.pop() * width, width, *rooms))
         self._prompts[key] = prompt
         self._waiting.append(prompt)
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +12,8 @@ from dts.errors import UnavailableError, UsageError
 from dts.memory import REMEDY, first_line, is_out_of_memory, release
 from dts.models.attention import ATTENTION, Span, Step
 from dts.models.prefixes import Prefix, Segment
-from dts.models.treecache import Lanes, StepCache, TreeCache
+from dts.models.states import StateHomes, settled
+from dts.models.treecache import Lanes, Place, StepCache, TreeCache
 from dts.models.view import ModelView
 from dts.models.vocabulary import without
 from dts.results import Usage
@@ -40,15 +40,6 @@ Request = tuple[Grown, Sequence[int], Sequence[int]]  # a tree, and the parents 
 Part = tuple[Grown, list[int], list[int]]  # a tree, slots to forward, slots whose lanes must stay
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a tree gets of a forest: a block of lanes, and room for tokens of idle branches (None: no limit)."""
-
-    first: int
-    count: int
-    archive_rows: int | None
-
-
 class Forest:
     """The lanes of several trees, and the forward calls that extend them together."""
 
@@ -62,12 +53,16 @@ class Forest:
         max_length: int,
         unknown: torch.Tensor | None = None,
     ) -> None:
-        """view: its own. like: shows the shapes of keys and values. lanes: of all trees together. max_length: tokens
-        that a lane can hold. unknown: ids of logit -inf."""
-        view.attend_with(ATTENTION)
+        """view: its own. like: shows the shapes of keys, values and states. lanes: of all trees together. max_length:
+        tokens that a lane can hold. unknown: ids of logit -inf."""
+        own_attention = view.way.own_attention
+        if not own_attention:
+            view.attend_with(ATTENTION)
         self._view, self._device, self._unknown = view, device, unknown
-        self.lanes = Lanes([*like.keys, *like.values], lanes, max_length)
-        self._cache = StepCache(self.lanes)
+        state = like.state
+        self.lanes = Lanes([*like.keys, *like.values], lanes, max_length, state.tensors if state else ())
+        self._cache = StepCache(self.lanes, settled(state.layers) if state else (), own_attention)
+        self._homes = StateHomes(self._cache.layers, view.modules()) if state else None
         self._at_once = lanes  # rows of a forward call; fewer once memory has run out
 
     def extend(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -80,8 +75,8 @@ class Forest:
             now, later = _first(left, self._at_once)
             for tree, new, waiting in now:
                 behind = tree.cache.parents([*new, *waiting])
-                while lost := [slot for parent in behind[: len(new)] for slot in tree.cache.missing(parent)[:1]]:
-                    self.recompute(tree, lost[:1], behind)
+                while lost := {slot: None for parent in behind[: len(new)] for slot in tree.cache.missing(parent)[:1]}:
+                    self.recompute(tree, list(lost)[: self._at_once], behind)
             if self._forward([(tree, new, tree.cache.parents(waiting)) for tree, new, waiting in now]):
                 left = later
         return slots
@@ -124,21 +119,32 @@ class Forest:
         self._cache.begin(step, segments)
         positions = [prefix + length - 1 for prefix, length in zip(step.prefix_lengths, step.lengths, strict=True)]
         tokens = [token for tree, slots, _ in begun for token in tree.cache.tokens(slots)]
-        hidden = self._view.decoder(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state[0]
+        ids, places = (torch.tensor([values], device=self._device) for values in (tokens, positions))
+        hidden = self._hidden(step, ids, places)
         self._cache.begin(step, ())  # lets go of the prompts
         logits = self._logits_of_all(hidden) if len(begun) > 1 else None
         first = 0
         for tree, slots, _ in begun:
             rows = slice(first, first + len(slots))
+            tree.cache.keep_states(slots)
             tree.keep(slots, hidden[rows])
             if logits is not None:
                 tree.keep_logits(slots, logits[rows])
             first += len(slots)
+
+    def _hidden(self, step: Step, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, H] of ids [1, B]."""
+        paths = self._cache.paths
+        if self._homes is None and paths is None:
+            return self._view.hidden(ids, self._cache, positions)[0]
+        # Recurrent layers and attention code of a family's own know nothing of trees: a row for each path.
+        if self._homes is not None:
+            self._homes.write(self.lanes.states.rows(step.lanes))
+        mask = paths.mask(self._device) if paths is not None else None
+        hidden = self._view.hidden(ids.T, self._cache, positions.T, mask)[:, 0]
+        if self._homes is not None:
+            self.lanes.states.put(step.lanes, self._homes.read())
+        return hidden
 
     def _logits_of_all(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """One product with the head for the rows of all trees; None where memory is short, which is no error yet."""
@@ -180,18 +186,27 @@ def _step(begun: Sequence[tuple[Grown, list[int], list[int]]]) -> tuple[Step, li
     return Step(lanes, lengths, prefixes, spans), [segment for segment, _ in readers.values()]
 
 
-def archive_rows(prompt: Prefix, max_bytes: int | None, *, lanes: int, max_length: int) -> int | None:
-    """Tokens of idle branches that a memory bound leaves room for beside a prompt and its lanes."""
+def share_out(left: int, token: int, state: int) -> tuple[int, int]:
+    """Tokens of idle branches and copies of states for so many bytes; of a recurrent model, half for each."""
+    copies = left // 2 // state if state else 0
+    return (left - copies * state) // token, copies
+
+
+def rooms(
+    prompt: Prefix, max_bytes: int | None, *, lanes: int, max_length: int, state_bytes: int
+) -> tuple[int | None, int]:
+    """Tokens of idle branches (None: no limit) and copies of recurrent states that a memory bound leaves room for
+    beside a prompt and its lanes. state_bytes: for the copies where there is no bound."""
+    token, state = max(prompt.token_bytes, 1), prompt.state.nbytes if prompt.state else 0
     if max_bytes is None:
-        return None
-    token = prompt.token_bytes
-    needed = token * (len(prompt) + lanes * max_length)
+        return None, state_bytes // state if state else 0
+    needed = token * (len(prompt) + lanes * max_length) + state * (lanes + 1)
     if needed > max_bytes:
         raise UsageError(
             f"max_kv_bytes={max_bytes} is too small: the prompt and {lanes} paths of {max_length} "
             f"tokens need {needed}; raise it, or lower batch_size or max_new_tokens"
         )
-    return (max_bytes - needed) // token
+    return share_out(max_bytes - needed, token, state)
 
 
 def lone(
@@ -202,13 +217,14 @@ def lone(
     lanes: int,
     max_new_tokens: int,
     max_kv_bytes: int | None = None,
+    state_bytes: int = 0,
     unknown: torch.Tensor | None = None,
 ) -> tuple[Forest, Segment, Place]:
-    """A forest for one tree, and the tree's part of it."""
+    """A forest for one tree, and the tree's part of it. state_bytes: for copies of recurrent states without a bound."""
     longest = lane_length(max_new_tokens)
-    rows = archive_rows(prefix, max_kv_bytes, lanes=lanes, max_length=longest)
+    rows, copies = rooms(prefix, max_kv_bytes, lanes=lanes, max_length=longest, state_bytes=state_bytes)
     forest = Forest(view, prefix, device=device, lanes=lanes, max_length=longest, unknown=unknown)
-    return forest, Segment(prefix), Place(0, lanes, rows)
+    return forest, Segment(prefix), Place(0, lanes, rows, copies)
 
 
 def lane_length(max_new_tokens: int) -> int:

@@ -16,15 +16,16 @@ from dts.errors import UsageError
 from dts.lm import Batch
 from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
-from dts.models.forest import Forest, Place, lane_length, lone
+from dts.models.forest import Forest, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
 from dts.models.prefixes import Prefix, Segment
 from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.rope import RopeLimit, context_length, rope_limits
-from dts.models.selfcheck import refuse_unless_causal, tree_problem
+from dts.models.selfcheck import refuse_unless_causal, state_bytes, tree_way
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
-from dts.models.view import ModelView, core_of
+from dts.models.treecache import Place
+from dts.models.view import ModelView, Way, core_of
 from dts.models.vocabulary import unknown_ids
 from dts.rewards import Prompt
 
@@ -97,6 +98,8 @@ class HFModel:
         self._allow_unknown_ids = allow_unknown_ids
         self._lock = threading.Lock()  # of what is found out once, below
         self._problem: str | None = None  # why the tree cache cannot be used
+        self._way = Way()
+        self._state_bytes = 0  # of one recurrent state
         self._checked = self._knows_vocabulary = False
         self._unknown: torch.Tensor | None = None  # ids, ascending
         self._warned: set[str] = set()
@@ -117,7 +120,7 @@ class HFModel:
 
     def view(self) -> ModelView:
         """The model as it is now, for one session: in eval mode, and with modules and configs of its own."""
-        return ModelView(self.model)
+        return ModelView(self.model, self._way)
 
     def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         return encode(self, prompt, chat_template_kwargs)
@@ -143,14 +146,16 @@ class HFModel:
 
     def _prefill_chunk(self, tokens: int) -> int:
         """Tokens per forward call; all of them where a first part would get the frequencies of short sequences."""
-        crossed = any(limit.crossed(1, tokens) for limit in self._rope_limits())
-        return max(tokens, 1) if crossed else PREFILL_CHUNK
+        whole = self._way.whole_prompts or any(limit.crossed(1, tokens) for limit in self._rope_limits())
+        return max(tokens, 1) if whole else PREFILL_CHUNK
 
     def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
         """Lanes that fit into the bound, or into half of the device's free memory."""
         token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
         free = max_kv_bytes if max_kv_bytes is not None else free_bytes(self.device) // 2
-        return max(1, (free - token * prompt_tokens) // (token * max_new_tokens))
+        self._tree_problem()  # finds out about states
+        lane = token * max_new_tokens + 2 * self._state_bytes  # a call works on copies of them
+        return max(1, (free - token * prompt_tokens - self._state_bytes) // lane)
 
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
@@ -181,6 +186,7 @@ class HFModel:
             lanes=lanes,
             max_new_tokens=max_new_tokens,
             max_kv_bytes=max_kv_bytes,
+            state_bytes=free_bytes(self.device) // 4,
             unknown=self.unknown_ids(),
         )
 
@@ -194,7 +200,8 @@ class HFModel:
             return None
         token = _kv_elements(self._core.config.get_text_config()) * self._core.dtype.itemsize
         bound = max_kv_bytes if max_kv_bytes is not None else free_bytes(self.device) // 2
-        return TreeBatch(self, Room(bound, token, prompts, width, lane_length(max_new_tokens)), max_new_tokens)
+        room = Room(bound, token, prompts, width, lane_length(max_new_tokens), self._state_bytes)
+        return TreeBatch(self, room, max_new_tokens)
 
     def grows_with_length(self, prompt_tokens: int, max_new_tokens: int) -> bool:
         """Whether positions get other frequencies within these lengths, which neighbours in a batch would share."""
@@ -204,8 +211,12 @@ class HFModel:
         """Why the tree cache cannot serve this architecture. Raises `UsageError` where nothing can."""
         with self._lock:
             if not self._checked:
-                self._problem = tree_problem(self.view, self.vocab_size, self.device)
-                if self._problem is not None:
+                found = tree_way(self.view, self.vocab_size, self.device)
+                if isinstance(found, Way):
+                    self._way = found
+                    self._state_bytes = state_bytes(self.view, self.vocab_size, self.device)
+                else:
+                    self._problem = found
                     refuse_unless_causal(self.view, self.vocab_size, self.device)
                 self._checked = True
             return self._problem

@@ -13,6 +13,8 @@ from functools import cached_property
 
 import torch
 
+from dts.models.states import PromptState
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -22,6 +24,7 @@ class Prefix:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     hidden: torch.Tensor  # [P, hidden]
+    state: PromptState | None = None  # of a recurrent model, after the last token
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -44,6 +47,7 @@ class Prefix:
             [keys[:, kept].clone() for keys in self.keys],
             [values[:, kept].clone() for values in self.values],
             self.hidden[kept].clone(),
+            self.state if stop == len(self) else None,
         )
 
 
@@ -88,7 +92,9 @@ class Prefixes:
         return tokens
 
     def match(self, token_ids: Sequence[int]) -> Segment | None:
-        """The segment that ends where a prompt leaves all others; it is cut there if need be. None: nothing shared."""
+        """The segment that ends where a prompt leaves all others; it is cut there if need be. None: nothing shared.
+
+        A segment with a recurrent state is not cut: the state is known at its end only."""
         found, begun = None, 0
         while True:
             children = self._children(found)
@@ -97,6 +103,8 @@ class Prefixes:
             if child is None or not length:
                 return found
             if length < len(child.held):
+                if child.held.state is not None:
+                    return found
                 return self._cut(child, length)
             found, begun = child, begun + length
 

@@ -17,11 +17,12 @@ import torch
 from dts.lm import PROMPT_SLOT
 from dts.memory import is_out_of_memory, release
 from dts.models.chains import Chain, chains_of, send
-from dts.models.forest import Forest, Place, lone
+from dts.models.forest import Forest, lone
 from dts.models.prefixes import Prefix, Segment
 from dts.models.rope import context_length, rope_limits
 from dts.models.selfcheck import check_ids, refuse_unless_causal, tolerance, tree_problem
 from dts.models.sessions import TreeSession, prefill, whole_logits
+from dts.models.treecache import Place
 from dts.models.view import ModelView, core_of
 
 Ids = Sequence[int]

@@ -6,8 +6,10 @@ grow with the position) is made to happen within them: a second check runs on a 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +17,17 @@ import torch
 from dts.errors import UsageError
 from dts.lm import PROMPT_SLOT
 from dts.memory import first_line, is_out_of_memory
-from dts.models.forest import Forest, Place
+from dts.models.forest import Forest
 from dts.models.prefixes import Segment
 from dts.models.rope import rope_limits
 from dts.models.sessions import TreeSession, prefill, whole_logits
-from dts.models.view import ModelView
+from dts.models.treecache import Place
+from dts.models.view import ModelView, Way
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # absolute, in logits
 LOW_PRECISION_TOLERANCE = 0.25
-PROMPT, TAIL = 3, 3  # tokens of the check's prompt and of each of its two branches
+PROMPT, TAIL, PIECE = 3, 3, 2  # tokens of the check's prompt, of each of its two branches, of a piece of the prompt
+WAYS = [Way(), Way(own_head=True), Way(own_attention=True), Way(own_head=True, own_attention=True)]  # the best first
 SHORT = 3  # what a limit becomes in the second check
 # Names in configs and modules of what begins to act at some length.
 LIMITS = re.compile(
@@ -33,12 +37,35 @@ LIMITS = re.compile(
 ROPE_LIMIT = "original_max_position_embeddings"  # in rope parameters: some families scale queries by the position
 
 
+def tree_way(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> Way | str:
+    """How the tree cache serves an architecture with the logits of plain calls, or why it cannot."""
+    one = view()
+    ids = check_ids(one.core.config, vocab_size, PROMPT + 1 + 2 * TAIL)
+    ways = [*WAYS, *(replace(way, whole_prompts=True) for way in WAYS)] if one.recurrent else WAYS
+    problems = []
+    for way in ways:
+        problem = _tree_problem(functools.partial(_with, view, way), ids, device)
+        if problem is None:
+            return way
+        problems.append(problem)
+    return problems[0]
+
+
 def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> str | None:
-    """Why an architecture cannot be served by the tree cache; None if it gives there the logits of plain calls."""
-    core = view().core
-    if not getattr(core, "_supports_attention_backend", False) or getattr(core, "_is_stateful", False):
-        return "its attention cannot be given another cache"
-    ids = check_ids(core.config, vocab_size, PROMPT + 2 * TAIL)
+    """Why the tree cache cannot serve an architecture as it is, by keys and values alone; None where it can."""
+    one = view()
+    if one.recurrent:
+        return "it has a recurrent state"
+    return _tree_problem(view, check_ids(one.core.config, vocab_size, PROMPT + 1 + 2 * TAIL), device)
+
+
+def _with(view: Callable[[], ModelView], way: Way) -> ModelView:
+    made = view()
+    made.way = way
+    return made
+
+
+def _tree_problem(view: Callable[[], ModelView], ids: list[int], device: torch.device) -> str | None:
     for make in _views(view):
         try:
             problem = _difference(make, ids, device)
@@ -53,13 +80,14 @@ def tree_problem(view: Callable[[], ModelView], vocab_size: int, device: torch.d
 
 def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.device) -> str | None:
     """Two branches after one prompt and, in the same calls, one after a shorter prompt."""
-    branches = ids[PROMPT : PROMPT + TAIL], ids[PROMPT + TAIL :]
-    paths = [(ids[:PROMPT], branches[0]), (ids[:PROMPT], branches[1]), (ids[: PROMPT - 1], branches[0])]
-    direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])
     view = make()
-    long, short = (prefill(view, prompt, device, chunk=PROMPT - 1) for prompt, _ in paths[1:])  # one in two pieces
+    size = PROMPT + view.recurrent  # a recurrence that goes on with a piece of two tokens
+    branches = ids[size : size + TAIL], ids[size + TAIL : size + 2 * TAIL]
+    paths = [(ids[:size], branches[0]), (ids[:size], branches[1]), (ids[: size - 1], branches[0])]
+    direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])
+    long, short = (prefill(view, prompt, device, chunk=PIECE) for prompt, _ in paths[1:])
     forest = Forest(view, long, device=device, lanes=3, max_length=TAIL)
-    two, one = (TreeSession(forest, Segment(prefix), Place(first, count, None))
+    two, one = (TreeSession(forest, Segment(prefix), Place(first, count, None, 8))
                 for prefix, first, count in [(long, 0, 2), (short, 2, 1)])  # fmt: skip
     slots = [[PROMPT_SLOT, PROMPT_SLOT], [PROMPT_SLOT]]
     for tokens in zip(*(tail for _, tail in paths), strict=True):
@@ -67,6 +95,15 @@ def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.dev
     tree = torch.cat([two.logits(slots[0]), one.logits(slots[1])])
     error = (tree.float() - direct.float()).abs().max().item()
     return None if error <= tolerance(direct) else f"its logits differ by {error:.3g}"
+
+
+def state_bytes(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> int:
+    """Bytes of one recurrent state; 0 for other models."""
+    one = view()
+    if not one.recurrent:
+        return 0
+    state = prefill(one, check_ids(one.core.config, vocab_size, PROMPT), device, chunk=PROMPT).state
+    return state.nbytes if state else 0
 
 
 def refuse_unless_causal(view: Callable[[], ModelView], vocab_size: int, device: torch.device) -> None:

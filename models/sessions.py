@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from dts.lm import PROMPT_SLOT
-from dts.models.forest import Forest, Place
+from dts.models.forest import Forest
 from dts.models.prefixes import Prefix, Segment
-from dts.models.treecache import TreeCache
+from dts.models.states import PromptState, StateHomes, settled
+from dts.models.treecache import Place, TreeCache
 from dts.models.view import ModelView, Viewable
 from dts.models.vocabulary import without
 from dts.results import Usage
@@ -34,7 +35,7 @@ class TreeSession:
         self._forest: Forest | None = forest
         self._reopen = reopen
         self.usage = Usage(prompt_tokens=prompt.stop)
-        self.cache = TreeCache(prompt.stop, forest.lanes, place.first, place.count, place.archive_rows)
+        self.cache = TreeCache(prompt, forest.lanes, place)
         self._unheard: set[int] = set()  # slots whose hidden state was given up by `close`
         self._fresh_row: dict[int, int] = {}  # by slot: its row in what the last forward call of many trees gave
         self._fresh = torch.empty(0)  # logits, [B, V]
@@ -52,7 +53,7 @@ class TreeSession:
         if self._forest is None:
             assert self._reopen is not None
             self._forest, self.prompt, place = self._reopen()
-            self.cache.move(self._forest.lanes, place.first, place.count, place.archive_rows)
+            self.cache.move(self.prompt, self._forest.lanes, place)
             self.usage.forwarded_tokens += self.prompt.stop
             self.usage.recomputed_tokens += self.prompt.stop
             self._settle(self.prompt)
@@ -119,7 +120,8 @@ class TreeSession:
         self._fresh_row, self._fresh = {}, torch.empty(0)
 
     def _note_memory(self) -> None:
-        prompt = sum(segment.held.nbytes for segment in self.prompt.chain()) if self.prompt else 0
+        held = [segment.held for segment in self.prompt.chain()] if self.prompt else []
+        prompt = sum(part.nbytes + (part.state.nbytes if part.state else 0) for part in held)
         self.usage.kv_bytes = max(self.usage.kv_bytes, prompt + self.cache.bytes() + self._hidden.nbytes)
         self.usage.kv_tokens = max(self.usage.kv_tokens, self.cache.held_tokens())
 
@@ -178,10 +180,16 @@ class Prefill:
         self._view, self._ids, self._device = view, tuple(token_ids), device
         self._first = self._next = behind.stop if behind else 0
         self._hidden: list[torch.Tensor] = []
-        self._cache = DynamicCache()
+        self._cache = view.cache()
+        state = behind.held.state if behind else None
+        if state is not None:
+            self._cache.layers = settled(state.layers)
         for index, layer in enumerate(zip(*map(_layers, behind.chain()), strict=True) if behind else ()):
             keys, values = (torch.cat(parts, dim=1)[None] for parts in zip(*layer, strict=True))
-            self._cache.update(keys, values, index)
+            if keys.shape[1]:  # the layer has keys
+                self._cache.update(keys, values, index)
+        self._homes = StateHomes(self._cache.layers, view.modules()) if view.recurrent else None
+        self._state = [tensor.clone() for tensor in state.tensors] if state else None
         self.calls = 0
 
     @property
@@ -192,19 +200,39 @@ class Prefill:
     @torch.inference_mode()
     def send(self, tokens: int) -> None:
         """Send the next tokens."""
+        if not self._view.way.whole_prompts:
+            return self._send(tokens)
+        if not self._next:
+            return self._send(self.left)
+        for _ in range(min(tokens, self.left)):
+            self._send(1)
+
+    def _send(self, tokens: int) -> None:
         ids = torch.tensor([self._ids[self._next : self._next + tokens]], device=self._device)
-        output = self._view.decoder(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        self._hidden.append(output.last_hidden_state[0])
+        if self._homes is not None and self._state is not None:  # prompts under way may share the view's modules
+            self._homes.write(self._state)
+        positions = torch.arange(self._next, self._next + ids.shape[1], device=self._device)[None]
+        self._hidden.append(self._view.hidden(ids, self._cache, positions)[0])
+        self._state = self._homes.read() if self._homes is not None else None
         self._next += ids.shape[1]
         self.calls += 1
 
     @torch.inference_mode()
     def prefix(self) -> Prefix:
         """What was sent, once all of it was."""
-        layers = self._cache.layers
-        keys, values = ([t[0][:, self._first :].contiguous() for t in kind]
-                        for kind in ([layer.keys for layer in layers], [layer.values for layer in layers]))  # fmt: skip
-        return Prefix(self._ids[self._first :], keys, values, torch.cat(self._hidden))
+        layers, hidden = self._cache.layers, torch.cat(self._hidden)
+        if not layers:
+            raise ValueError("it has no cache")
+        none = hidden.new_zeros(1, 0, len(self._ids), 0)  # of layers without attention
+        keys, values = ([(none if t is None else t)[0][:, self._first :].contiguous() for t in kind]
+                        for kind in zip(*map(_attended, layers), strict=True))  # fmt: skip
+        state = PromptState(settled(layers), self._state) if self._state else None
+        return Prefix(self._ids[self._first :], keys, values, hidden, state)
+
+
+def _attended(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys and values of a cache's layer."""
+    return getattr(layer, "keys", None), getattr(layer, "values", None)
 
 
 def _layers(segment: Segment) -> list[tuple[torch.Tensor, torch.Tensor]]:

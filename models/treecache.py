@@ -13,12 +13,16 @@ Three places hold keys and values, per layer:
 A decode step is one forward call of B tokens, of one tree or of many (`input_ids` [1, B], `position_ids` = prompt
 length + depth). The model's own attention asks the cache for keys and values; the cache stores the new ones and hands
 out a `LayerView`, which `dts.models.attention` reads.
+
+Layers with a recurrent state (`dts.models.states`) and attention code that takes nothing but tensors
+(`dts.models.gathered`) get a row for each path instead (`input_ids` [B, 1]).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,21 +30,38 @@ from transformers.cache_utils import Cache
 
 from dts.models.archive import Archive
 from dts.models.attention import LayerView, Step
+from dts.models.gathered import Paths
 from dts.models.prefixes import Segment
+from dts.models.states import KeptStates, LaneStates
 from dts.tree import NONE
 
 FIRST_LANE_LENGTH = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a tree gets of a forest: a block of lanes, room for tokens of idle branches (None: no limit) and, of a
+    recurrent model, for copies of states."""
+
+    first: int
+    count: int
+    archive_rows: int | None
+    state_rows: int = 0
+
+
 class Lanes:
     """Keys and values of the paths being extended: [lanes, heads, T, dim] per layer, all keys before all values."""
 
-    def __init__(self, like: Sequence[torch.Tensor], count: int, max_length: int) -> None:
-        """`like`: one tensor [heads, ?, dim] per layer and kind. max_length: tokens a lane can hold."""
+    def __init__(
+        self, like: Sequence[torch.Tensor], count: int, max_length: int, states: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """`like`: one tensor [heads, ?, dim] per layer and kind. max_length: tokens a lane can hold. states: shapes of
+        the recurrent states, [?, ...]."""
         self.count, self._max_length = count, max_length
+        self.states = LaneStates(states, count)
         length = min(FIRST_LANE_LENGTH, max_length)
         self.columns = [tensor.new_zeros(count, tensor.shape[0], length, tensor.shape[2]) for tensor in like]
-        self.nbytes = sum(column.nbytes for column in self.columns)  # held, unused capacity included
+        self.nbytes = self.states.nbytes + sum(column.nbytes for column in self.columns)  # unused capacity included
 
     def make_room(self, length: int) -> None:
         """Let every lane hold `length` tokens."""
@@ -56,34 +77,48 @@ class Lanes:
 class StepCache(Cache):
     """What the model sees of prefixes and lanes during one forward call."""
 
-    def __init__(self, lanes: Lanes) -> None:
-        # The base class is only an interface here: its layers are not used.
-        self.layers: list[Any] = []
+    def __init__(self, lanes: Lanes, layers: Sequence[Any] = (), gathered: bool = False) -> None:
+        """layers: of transformers' own cache; recurrent layers find their states in them. gathered: hand out tensors
+        instead of views."""
+        self.layers: list[Any] = list(layers)
         self._lanes = lanes
+        self._gathered = gathered
         self._step: Step | None = None
+        self.paths: Paths | None = None  # of the step, where tensors are handed out
         self._segments: Sequence[Segment] = ()
 
     def begin(self, step: Step, segments: Sequence[Segment]) -> None:
         """segments: those of the step's spans, in their order."""
         self._step, self._segments = step, segments
+        self.paths = Paths(step) if self._gathered else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Store one layer's new keys and values, [1, heads, B, dim]; returns the layer's view, twice."""
+        """Store one layer's new keys and values, [1, heads, B, dim] or [B, heads, 1, dim]; returns the layer's view,
+        twice, or the keys and values of all paths."""
         step, columns = self._step, self._lanes.columns
         assert step is not None
         lanes, positions = step.indices(key_states.device)
         keys, values = columns[layer_idx], columns[len(columns) // 2 + layer_idx]
-        keys[lanes, :, positions] = key_states[0].transpose(0, 1)
-        values[lanes, :, positions] = value_states[0].transpose(0, 1)
+        keys[lanes, :, positions] = key_states.transpose(1, 2).flatten(0, 1)
+        values[lanes, :, positions] = value_states.transpose(1, 2).flatten(0, 1)
         prefix_keys = [segment.held.keys[layer_idx] for segment in self._segments]
         prefix_values = [segment.held.values[layer_idx] for segment in self._segments]
+        if self.paths is not None:
+            return self.paths.gather(prefix_keys, keys), self.paths.gather(prefix_values, values)
         view = LayerView(prefix_keys, prefix_values, keys, values, step)
         return view, view
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before those of this call."""
+        if self.paths is not None:
+            return self.paths.longest - 1
         return self._step.prefix_length if self._step else 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Number of keys and the position of the first one."""
+        return self.get_seq_length(layer_idx) + 1, 0
 
 
 class TreeCache:
@@ -92,16 +127,19 @@ class TreeCache:
     `begin` assigns lanes to the next forward call, which fills them.
     """
 
-    def __init__(self, prefix_length: int, lanes: Lanes, first: int, count: int, archive_rows: int | None) -> None:
-        """The tree uses `count` lanes from `first` on. archive_rows: tokens of idle branches; None for no limit."""
-        self.prefix_length = prefix_length
+    def __init__(self, prompt: Segment, lanes: Lanes, place: Place) -> None:
+        self.prefix_length = prompt.stop
         self._parent, self._token, self._depth = [NONE], [NONE], [0]  # by slot
-        self.move(lanes, first, count, archive_rows)
+        self.move(prompt, lanes, place)
 
-    def move(self, lanes: Lanes, first: int, count: int, archive_rows: int | None) -> None:
+    def move(self, prompt: Segment | None, lanes: Lanes, place: Place) -> None:
         """Start again in other lanes: the slots stay, but nothing of them is held."""
+        first, count = place.first, place.count
         self._lanes, self._share = lanes, count / lanes.count
-        self._archive = Archive([column[0] for column in lanes.columns], archive_rows)
+        self._archive = Archive([column[0] for column in lanes.columns], place.archive_rows)
+        state = prompt.held.state if prompt else None
+        self._start = state.tensors if state else []  # the recurrent state after the prompt
+        self._kept = KeptStates(self._start, place.state_rows) if state else None
         self._lane_of = [NONE] * len(self._parent)  # by slot: a lane that may hold it
         self._path: dict[int, list[int]] = {lane: [] for lane in range(first, first + count)}  # slots, by depth
         self._used_at = dict.fromkeys(self._path, 0)
@@ -109,7 +147,7 @@ class TreeCache:
 
     def clear(self) -> None:
         """Hold nothing."""
-        self.move(Lanes([], 1, 1), 0, 0, 0)
+        self.move(None, Lanes([], 1, 1), Place(0, 0, 0))
 
     # -- what the session calls ------------------------------------------------------------------------------------
 
@@ -122,9 +160,10 @@ class TreeCache:
         return len(self._parent) - 1
 
     def missing(self, slot: int) -> list[int]:
-        """Slots on the path to `slot` whose keys and values were given up, in order of depth."""
+        """Slots on the path to `slot` that go through the model again before it can be continued, in order of depth:
+        their keys and values were given up, or a recurrent state that follows from theirs."""
         lost = []
-        while slot and not self._held(slot) and slot not in self._archive:
+        while slot and not (self._has_keys(slot) and self._has_state(slot)):
             lost.append(slot)
             slot = self._parent[slot]
         return lost[::-1]
@@ -139,9 +178,8 @@ class TreeCache:
         Returns the slots in the order in which they enter the model, and their lanes, ascending.
         """
         self._clock += 1
-        lanes = self._assign(
-            [self._parent[slot] for slot in slots], {self._lane_of[s] for s in reserved if self._held(s)}
-        )
+        ready = [slot for slot in reserved if self._held(slot) and self._has_state(slot)]
+        lanes = self._assign([self._parent[slot] for slot in slots], ready)
         for slot, lane in zip(slots, lanes, strict=True):
             self._path[lane].append(slot)
             self._lane_of[slot] = lane
@@ -171,6 +209,12 @@ class TreeCache:
         """Tokens from the prompt to these slots, they included."""
         return [self._depth[slot] for slot in slots]
 
+    def keep_states(self, slots: Sequence[int]) -> None:
+        """Slots went through the model: copy their recurrent states for branches."""
+        if self._kept is not None:
+            lanes = [self._lane_of[slot] for slot in slots]
+            self._kept.save(slots, self.depths(slots), lanes, self._lanes.states)
+
     def undo(self, slots: Sequence[int]) -> None:
         """Takes back `begin` for slots that did not get through the model; what it moved to lanes stays there."""
         for slot in slots:
@@ -184,7 +228,8 @@ class TreeCache:
 
     def bytes(self) -> int:
         """Bytes of its lanes and its archive, unused capacity included."""
-        return round(self._lanes.nbytes * self._share) + self._archive.nbytes
+        kept = self._kept.nbytes if self._kept else 0
+        return round(self._lanes.nbytes * self._share) + self._archive.nbytes + kept
 
     def held_tokens(self) -> int:
         """Token positions in use after the prompt: in lanes and in the archive."""
@@ -197,20 +242,35 @@ class TreeCache:
         lane, depth = self._lane_of[slot], self._depth[slot]
         return lane != NONE and depth <= len(self._path[lane]) and self._path[lane][depth - 1] == slot
 
-    def _assign(self, parents: Sequence[int], reserved: set[int]) -> list[int]:
+    def _has_keys(self, slot: int) -> bool:
+        return self._held(slot) or slot in self._archive
+
+    def _has_state(self, slot: int) -> bool:
+        return self._kept is None or slot in self._kept or self._ends_lane(slot)
+
+    def _ends_lane(self, slot: int) -> bool:
+        lane = self._lane_of[slot]
+        return lane != NONE and self._path[lane][-1:] == [slot]
+
+    def _assign(self, parents: Sequence[int], reserved: Sequence[int]) -> list[int]:
         """A lane for each row that holds exactly the row's ancestors. Paths that continue keep theirs."""
         assigned = [NONE] * len(parents)
         taken: set[int] = set()
+        waiting = {self._lane_of[slot] for slot in reserved}
+        # A lane's state is lost when the lane continues: others that wait for it need it.
+        needed = {slot for slot in reserved if self._kept is not None and slot not in self._kept}
         for row, parent in enumerate(parents):
             lane = self._lane_of[parent]
-            if lane != NONE and lane not in taken and self._path[lane][-1:] == [parent]:
+            if self._ends_lane(parent) and lane not in taken and parent not in needed:
                 assigned[row] = lane
                 taken.add(lane)
         opened = [row for row, lane in enumerate(assigned) if lane == NONE]
-        contents = [self._read(parents[row]) for row in opened]  # all of them, before a lane is given away
-        for row, content in zip(opened, contents, strict=True):
-            lane = self._idle(lane for lane in self._path if lane not in taken | reserved)
+        # All of them, before a lane is given away.
+        contents = [(self._read(parents[row]), self._state(parents[row])) for row in opened]
+        for row, (content, state) in zip(opened, contents, strict=True):
+            lane = self._idle(lane for lane in self._path if lane not in taken and lane not in waiting)
             self._fill(lane, self._ancestors(parents[row]), content)
+            self._lanes.states.put([lane], state)
             assigned[row] = lane
             taken.add(lane)
         return assigned
@@ -226,6 +286,12 @@ class TreeCache:
             return self._archive.read(self._ancestors(slot))
         return [column[self._lane_of[slot], :, :depth].clone() for column in self._lanes.columns]
 
+    def _state(self, slot: int) -> list[torch.Tensor]:
+        """The recurrent state after a slot, [1, ...] per tensor; empty for other models."""
+        if self._kept is None or not slot:
+            return self._start
+        return self._lanes.states.rows([self._lane_of[slot]]) if self._ends_lane(slot) else self._kept.read(slot)
+
     def _fill(self, lane: int, path: list[int], content: list[torch.Tensor]) -> None:
         self._archive.save(self._path[lane], self._lanes.columns, lane)
         self._lanes.make_room(len(path))
@@ -233,7 +299,8 @@ class TreeCache:
             column[lane, :, : len(path)] = tensor
         self._path[lane] = path
         for slot in path:
-            self._lane_of[slot] = lane
+            if self._kept is None or not self._ends_lane(slot):  # a lane that ends there has its state, too
+                self._lane_of[slot] = lane
 
     def _ancestors(self, slot: int) -> list[int]:
         path = []

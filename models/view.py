@@ -10,14 +10,32 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache
 
 _PLAIN = frozenset([int, float, str, bool, type(None), torch.dtype, torch.device, torch.Tensor, nn.Parameter])
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a family's code is used; the self-check finds out which one gives right numbers.
+
+    own_head: logits come from the model's own forward, which does more to hidden states than the plain head.
+    own_attention: keys and values are gathered for each path, for attention code that takes no other.
+    whole_prompts: a prompt goes in one call, because a recurrence ignores what came before a longer piece.
+    """
+
+    own_head: bool = False
+    own_attention: bool = False
+    whole_prompts: bool = False
 
 
 class ModelView:
@@ -26,11 +44,14 @@ class ModelView:
     model: the copy of what was given. core: the causal model inside adapters. decoder: the core without its head.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, way: Way = Way()) -> None:
+        self.way = way
         self._copier = _Copier()
         self.model: Any = self._copier.module(getattr(model, "_orig_mod", model))  # not the compiled wrapper
         self.core: Any = core_of(self.model)
         self.decoder: Any = self.core.base_model
+        if self.decoder is self.core:  # the family's prefix is that of another class
+            self.decoder = getattr(self.core, "model", self.core)
 
     def modules(self) -> list[nn.Module]:
         """Every module of the view."""
@@ -45,8 +66,49 @@ class ModelView:
         for config in self.configs():
             config._attn_implementation = attention
 
+    @functools.cached_property
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        """What the decoder's call takes, by name."""
+        return inspect.signature(getattr(self.decoder, "forward", self.decoder)).parameters
+
+    def hidden(
+        self, ids: torch.Tensor, cache: Cache, positions: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states [B, T, H] of ids [B, T] at these positions, after what the cache holds. mask: [B, K],
+        of keys that are padding."""
+        named: dict[str, Any] = {"cache_params" if "cache_params" in self._arguments else "past_key_values": cache}
+        if self._takes_positions:
+            named["position_ids"] = positions
+        if mask is not None:
+            named["attention_mask"] = mask
+        hidden: torch.Tensor = self.decoder(input_ids=ids, use_cache=True, **named).last_hidden_state
+        return hidden
+
+    @functools.cached_property
+    def _takes_positions(self) -> bool:
+        any_name = any(argument.kind is argument.VAR_KEYWORD for argument in self._arguments.values())
+        return any_name or "position_ids" in self._arguments
+
+    @functools.cached_property
+    def recurrent(self) -> bool:
+        """Whether calls leave more behind than keys and values."""
+        return getattr(self.core, "_is_stateful", False) or any(map(_is_recurrent, self.cache().layers))
+
+    def cache(self) -> DynamicCache:
+        """An empty cache that keeps the keys and values of all tokens, also those outside of windows."""
+        try:
+            layers = DynamicCache(config=self.core.config).layers
+        except (AttributeError, KeyError, TypeError, ValueError):  # a config without what the caches of layers need
+            layers = []
+        made = DynamicCache()
+        if any(map(_is_recurrent, layers)):
+            made.layers, made.layer_class_to_replicate = [_with_all_keys(layer) for layer in layers], None
+        return made
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] from the decoder's last hidden states [B, H]."""
+        if self.way.own_head:
+            return self._own_head(hidden)
         config = self.core.config.get_text_config()
         logits: torch.Tensor = self.core.get_output_embeddings()(hidden)
         # The two factors and the cap that families put after their head; the self-check would show another one.
@@ -54,6 +116,32 @@ class ModelView:
         logits = logits if factor == 1 else logits * factor
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _own_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own forward, with these hidden states instead of its decoder's."""
+        held = vars(self.decoder)  # its class keeps its forward; hooks may have put another one here
+        before = {name: held[name] for name in ("forward",) if name in held}
+        held["forward"] = lambda *_, **__: _Output(hidden[None])
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits: torch.Tensor = self.core(input_ids=ids, use_cache=False).logits[0]
+            return logits
+        finally:
+            del held["forward"]
+            held.update(before)
+
+
+class _Output:
+    """A decoder's output that has hidden states, and nothing of what else a family may ask for."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Viewable(Protocol):
@@ -71,6 +159,19 @@ def core_of(model: Any) -> Any:
     """The causal model inside a compiled or PEFT wrapper."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+
+
+def _with_all_keys(layer: Any) -> Any:
+    """A layer like this one that keeps keys outside of windows."""
+    if not getattr(layer, "is_sliding", False):
+        return layer
+    if not _is_recurrent(layer):
+        return cache_utils.DynamicLayer()
+    return cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
 
 
 class _Copier:

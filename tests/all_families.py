@@ -30,6 +30,8 @@ ENCODERS = [
 ]  # fmt: skip
 AS_DECODER = " (is_decoder=True)"
 FAMILIES = sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *(name + AS_DECODER for name in ENCODERS)])
+# Served by recomputation in the oldest supported version of transformers.
+LATER = {"recurrent_gemma"} if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23) else set()
 LAYERS, HEADS, HEAD_DIM = 3, 4, 8
 PROMPT = [13, 5, 7, 11, 13, 17, 19, 23]
 TOLERANCE = 2e-4
@@ -80,10 +82,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": HEADS},
-    "falcon_h1": {**_MAMBA_HEADS, "mamba_d_ssm": 64},
+    "falcon_h1": {**_MAMBA_HEADS, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {**_MAMBA_HEADS, "layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"head_dim": 4, "qk_head_dim": 12},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
@@ -99,7 +103,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
               "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 16, "n_mamba_heads": 8,
+    # transformers' step of one token leaves out the lower bound on time steps that its other calls apply.
+    "zamba2": {"time_step_min": 1e-6,
+               "attention_hidden_size": 64, "attention_head_dim": 16, "kv_channels": 16, "n_mamba_heads": 8,
                "mamba_headdim": 8, "num_query_groups": 4, "num_key_value_heads": 4, "hybrid_layer_ids": [1, 2],
                "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
 }  # fmt: skip

@@ -38,17 +38,24 @@ FAMILIES = {
     "granite": ("GraniteConfig", {**LLAMA_LIKE, "logits_scaling": 3.0}),
     "olmo2": ("Olmo2Config", LLAMA_LIKE),
     "smollm3": ("SmolLM3Config", LLAMA_LIKE),
-}  # fmt: skip
-
-# Served by the slow correct path: own attention code, attention sinks, recurrent state.
-SLOW_FAMILIES = {
+    "gpt_oss": ("GptOssConfig", {**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                 "sliding_window": 6, "layer_types": _MIXED}),  # attention sinks
+    # Attention code of their own, which biases by distance (ALiBi) or takes nothing but tensors.
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+                              "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}),
     "falcon": ("FalconConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2,
                                 "num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2,
                                 "alibi": False, "bos_token_id": 1, "eos_token_id": 0}),
-    "gpt_oss": ("GptOssConfig", {**LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-                                 "sliding_window": 6, "layer_types": _MIXED}),
-    "mamba": ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2,
-                              "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}),
+    "gptj": ("GPTJConfig", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+                            "rotary_dim": 4, "bos_token_id": 1, "eos_token_id": 0}),
+}  # fmt: skip
+
+# Served by the slow correct path: no cache at all, and positions that no caller can give.
+GATHERED = ("bloom", "falcon", "gptj")  # attention code of their own, which takes whole paths
+SLOW_FAMILIES = {
+    "openai_gpt": ("OpenAIGPTConfig", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4,
+                                       "n_positions": 256}),
+    "roberta": ("RobertaConfig", {**LLAMA_LIKE, "is_decoder": True}),
 }  # fmt: skip
 
 

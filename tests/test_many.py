@@ -88,7 +88,7 @@ def test_a_prompt_gets_the_same_alone_and_beside_others(beside, tiny_lm):
 
 
 def test_the_slow_path_is_served_too():
-    lm = HFModel(random_model("gpt_oss"), ByteTokenizer())
+    lm = HFModel(random_model("openai_gpt"), ByteTokenizer())
     options = {"method": BestOfN(3), "reward": letters, "max_new_tokens": 3}
     many = list(dts.decode_many(lm, ragged(3), batch_size=6, width=3, **options))
     alone = one_by_one(lm, ragged(3), **options)
@@ -591,13 +591,11 @@ def test_results_that_wait_for_their_turn_survive_what_ends_the_iterator(error):
 
 
 def test_a_result_of_an_interrupted_step_is_not_lost():
-    def logits(ids):
-        if ids[0] == 3:
-            raise KeyboardInterrupt  # in a step in which the prompt before it has ended
-        return first_slow(ids)
+    def interrupted(text):
+        raise KeyboardInterrupt  # in a step in which the prompt before it has ended
 
-    results = dts.decode_many(TableModel(logits, 4, eos=0), [(1,), (3,)], method=Sampling(1), max_new_tokens=20,
-                              as_completed=True)  # fmt: skip
+    prompts = [dts.Request((1,)), dts.Request((3,), reward=interrupted)]
+    results = dts.decode_many(TABLE, prompts, method=Sampling(1), max_new_tokens=1, as_completed=True)
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert list(results.waiting) == [0]

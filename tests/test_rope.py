@@ -169,8 +169,11 @@ class WindowInMask(MistralAttention):
             self.config = held
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", ScaledByPosition), ("mistral", WindowInMask)])
-def test_the_self_check_sees_what_begins_far_beyond_its_own_length(family, attention):
+@pytest.mark.parametrize(
+    ("family", "attention", "kind"),
+    [("llama", ScaledByPosition, RecomputeSession), ("mistral", WindowInMask, TreeSession)],
+)
+def test_the_self_check_sees_what_begins_far_beyond_its_own_length(family, attention, kind):
     model = random_model(family)
     model.config.sliding_window = 4096 if family == "mistral" else None
     for layer in model.model.layers:
@@ -178,7 +181,8 @@ def test_the_self_check_sees_what_begins_far_beyond_its_own_length(family, atten
         layer.self_attn.floor_scale = 8192
     lm = HFModel(model, ByteTokenizer())
     session = lm.open(ids_of(8), batch_size=1, max_new_tokens=4)
-    assert type(session) is RecomputeSession
+    assert type(session) is kind
+    assert lm.view().way.own_attention == (kind is TreeSession)  # the mask reaches the family's own code only
     assert worst(model, session, ids_of(8), [9, 30]) < 1e-5
 
 

@@ -125,7 +125,7 @@ def test_threads_that_keep_one_prompt_hold_one_object():
 
 def test_threads_check_an_architecture_once_and_warn_once(caplog):
     caplog.set_level(logging.WARNING, "dts")
-    lm = dts.load((random_model("mamba"), ByteTokenizer()))
+    lm = dts.load((random_model("openai_gpt"), ByteTokenizer()))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: lm.open(PROMPT, batch_size=1, max_new_tokens=2), range(4)))
     assert caplog.text.count("cannot use the tree cache") == 1
