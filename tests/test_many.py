@@ -20,6 +20,7 @@ from dts.models.prefixes import Prefix, Prefixes
 from dts.models.sessions import TreeSession, full_logits
 from dts.models.table import TableModel, random_logits
 from dts.search import METHODS, BestOfN, MaxEnt, Sampling
+from dts.search.many import OneByOne
 
 TABLE = TableModel(random_logits(5, 3), 5, eos=0)
 TABLE_PROMPTS = [(1, 2), (3,), (4, 4, 4), (2, 1), (1,), (3, 3, 2, 1), (2,)]
@@ -590,12 +591,13 @@ def test_results_that_wait_for_their_turn_survive_what_ends_the_iterator(error):
     assert list(results) == []
 
 
-def test_a_result_of_an_interrupted_step_is_not_lost():
-    def interrupted(text):
+def test_a_result_of_an_interrupted_step_is_not_lost(monkeypatch):
+    def interrupted(self, requests):
         raise KeyboardInterrupt  # in a step in which the prompt before it has ended
 
-    prompts = [dts.Request((1,)), dts.Request((3,), reward=interrupted)]
-    results = dts.decode_many(TABLE, prompts, method=Sampling(1), max_new_tokens=1, as_completed=True)
+    lm = TableModel(first_slow, 4, eos=0)
+    results = dts.decode_many(lm, [(1,), (3,)], method=Sampling(1), max_new_tokens=9, as_completed=True)
+    monkeypatch.setattr(OneByOne, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert list(results.waiting) == [0]

@@ -173,11 +173,15 @@ def test_chains_end_where_texts_part():
 
 @pytest.mark.parametrize(
     ("family", "spare"),
-    [*((family, None) for family in FAMILIES if family not in GATHERED), ("llama", 4), ("gpt2", 4), ("gemma3", 4)],
+    [
+        *((family, None) for family in FAMILIES if family not in GATHERED),
+        *((f, 4) for f in ("llama", "gpt2", "gemma3")),
+    ],
 )
 def test_ends_of_several_tokens_are_those_of_plain_calls(family, spare):
-    """Every family that takes views of keys, beyond its window of attention: whole ends, then single tokens after them, then ends again; also
-    where a memory bound leaves room for `spare` tokens of idle branches, and others are given up and sent again."""
+    """Every family that takes views of keys, beyond its window of attention: whole ends, then single tokens after them,
+    then ends again; also where a memory bound leaves room for `spare` tokens of idle branches, and others are given up
+    and sent again."""
     scorer = Scorer(random_model(family))
     assert scorer.shares_prefixes(60) and scorer.sends_chains
     rows = [[*range(10, 22)], [*range(10, 15), *range(40, 49)], [*range(70, 78)], [*range(10, 22), 5], [70, 71, 6],
