@@ -22,7 +22,6 @@ import dataclasses
 import gzip
 import json
 import math
-import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -247,19 +246,18 @@ def distinct_2(text: str) -> float:
 def samples(lm: Any, name: str, n: int, tokens: int, count: int, folder: Path) -> tuple[list[list[Completion]], Any]:
     """Best-of-N's completions by prompt, with the tokens that each cost and the seconds of all; drawn once."""
     kind = "coding" if name == "coding" else "texts"
-    kept = folder / f"samples_{kind}_{n}_{tokens}_{count}.pickle"
+    kept = folder / f"samples_{kind}_{n}_{tokens}_{count}.json"
     if not kept.exists():
-        begun = time.process_time()
-        prompts = prompts_of(name, count)
-        drawn = list(
-            dts.decode_many(
-                lm, prompts, method=BestOfN(n), max_new_tokens=tokens, seed=100, batch_size=WIDTH * count, width=WIDTH
-            )
-        )
+        begun, prompts = time.process_time(), prompts_of(name, count)
+        options = {"max_new_tokens": tokens, "seed": 100, "batch_size": WIDTH * count, "width": WIDTH}
+        drawn = list(dts.decode_many(lm, prompts, method=BestOfN(n), **options))
         costs = [result.usage.forwarded_tokens - result.usage.prompt_tokens for result in drawn]
-        kept.write_bytes(pickle.dumps(([result.completions for result in drawn], costs, time.process_time() - begun)))
-    completions, costs, seconds = pickle.loads(kept.read_bytes())
-    return completions, (costs, seconds)
+        texts = [[dataclasses.asdict(one) for one in result.completions] for result in drawn]
+        kept.write_text(json.dumps([texts, costs, time.process_time() - begun]))
+    texts, costs, seconds = json.loads(kept.read_text())
+    return [[Completion(**{**one, "token_ids": tuple(one["token_ids"])}) for one in row] for row in texts], (
+        costs, seconds,
+    )  # fmt: skip
 
 
 def carried(lm: Any, reward: dts.Reward, tokens: int) -> OnlineValues:
@@ -347,6 +345,19 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def texts(rows: list[dict[str, Any]]) -> str:
+    """The texts of the first ten prompts, as Markdown."""
+    lines = []
+    for key in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
+        lines += ["", f"## {key[3]}, {key[4]}", "", "| prompt | found | reward gained | best of the samples |",
+                  "| --- | --- | --- | --- |"]  # fmt: skip
+        for row in [r for r in rows if tuple(r[k] for k in KEY) == key][:10]:
+            found, best = (re.sub(r"\s+", " ", row[k]).replace("|", "\\|").strip() for k in ("text", "best_of_n"))
+            prompt = PROMPTS[row["prompt"]] if key[3] != "coding" else problems()[row["prompt"]].name
+            lines.append(f"| {prompt} | {found} | {row['gain']:+.3f} | {best} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("finished_texts.jsonl"))
@@ -358,8 +369,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--report", action="store_true", help="only print the table of what --output holds")
+    parser.add_argument("--texts", action="store_true", help="only print ten texts for each group that it holds")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
+    if options.texts:
+        print(texts(rows))
+        return
     if not options.report:
         torch.set_num_threads(1)
         lm = dts.load("smollm2-135m")

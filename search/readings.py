@@ -269,6 +269,9 @@ def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.T
     tokens = torch.tensor([[token for token, _ in row] for row in padded], device=mass.device)  # [B, most]
     tilt = torch.tensor([[log for _, log in row] for row in padded], dtype=mass.dtype, device=mass.device)
     before = mass.gather(-1, tokens)
-    largest = (before.log() + tilt).amax(-1, keepdim=True).clamp(min=0.0)  # log of the largest, 0 where it is below 1
-    after = torch.where(before > 0, before * (tilt - largest).exp(), 0.0)
-    return (mass * (-largest).exp()).scatter(-1, tokens, after)
+    others = mass.scatter(-1, tokens, 0.0)
+    largest = torch.maximum((before.log() + tilt).amax(-1, keepdim=True), others.amax(-1, keepdim=True).log())
+    largest = torch.where((largest > -700.0) & (largest < 0.0), 0.0, largest)  # floats hold these as they are
+    after = torch.where(before > 0, (before.log() + tilt - largest).exp(), 0.0)
+    factor = (-largest).clamp(max=700.0).exp()  # below e^-700 the others are 0
+    return (others * factor).scatter(-1, tokens, after)

@@ -54,7 +54,7 @@ def worst(model, session, ids):
 
 @torch.no_grad()
 def test_a_search_with_few_copies_of_states_recomputes_few_tokens_and_its_logprobs_are_those_of_plain_calls(lm):
-    result = search(lm, max_kv_bytes=bound(lm, copies=64))
+    result = search(lm, max_kv_bytes=bound(lm, copies=128))
     usage = result.usage
     assert len(result.rollouts) == 64
     assert usage.forwarded_tokens == usage.unique_tokens + usage.recomputed_tokens

@@ -94,8 +94,8 @@ def test_look_ahead_adds_one_wait_a_step_for_any_number_of_searches(search, sear
     """The likeliest tokens are read before the reward can say which to draw more often. Paths at one node wait for each
     other, so the first tokens take up to one more for each path."""
     first, second, *later = counted(lm, monkeypatch, searches, method=MaxEnt(4, search=search, values="online"))
-    assert first <= 1 + 4 and second <= 3
-    assert later == [2] * 7
+    assert first <= 1 + 4 and max([second, *later]) <= 3
+    assert later[1:] == [2] * 6
 
 
 # Company changes nothing ----------------------------------------------------------------------------------------------
@@ -181,6 +181,8 @@ def test_tilts_that_overflow_or_vanish_are_drawn_from_in_logs():
     assert share[0].tolist() == pytest.approx([0.0, 1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0.0], abs=1e-12)
     assert share[1].tolist() == pytest.approx([0.0, 0.5, 0.5, 0.0], abs=1e-15)
     assert tilted[2].tolist() == mass[2].tolist()
+    gone = readings._tilted(torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64), [{1: -1e8, 2: -1e8 + math.log(3.0)}])
+    assert (gone[0] / gone.sum()).tolist() == pytest.approx([0.0, 0.25, 0.75])
 
 
 def test_several_draws_from_a_node_leave_the_mass_outside_all_of_them():

@@ -162,7 +162,7 @@ def _completions(lm, task, example):
 def test_the_interface_cannot_carry_a_reference(tmp_path):
     assert [field.name for field in dataclasses.fields(Example)] == ["id", "prompt", "inputs"]
     assert [field.name for field in dataclasses.fields(Context)] == ["prompt", "prompt_ids", "decode"]
-    assert [field.name for field in dataclasses.fields(Finished)] == ["token_ids", "text"]
+    assert [field.name for field in dataclasses.fields(Finished)] == ["token_ids", "text", "token_logprobs"]
     for name in TASKS:
         task = load_task(name, data_dir=local(name, tmp_path / name))
         assert list(inspect.signature(task.reward).parameters) == ["example"]
