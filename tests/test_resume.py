@@ -421,6 +421,23 @@ def test_wandb_has_one_step_per_rollout_after_a_resume(tmp_path: Path) -> None:
     assert len(second.history) == 3 * (3 + 1)
 
 
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
+    """Else the next line, which finds room, would be glued to it."""
+    resource = pytest.importorskip("resource")
+    folder = RunFolder(tmp_path)
+    folder.append("samples", {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(UnavailableError, match="took a part of a line"):
+            folder.append("samples", {"text": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.append("samples", {"b": 2})
+    folder.close()
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"a": 1}, {"b": 2}]
+
+
 def test_a_full_disk_is_one_line_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(tmp_path)
 
