@@ -6,10 +6,12 @@ stay on the disk.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -98,6 +100,26 @@ class Collected:
                 columns[name] = pd.Categorical.from_codes(found[0][number], found[1])
         figures = {name: np.array(column)[rows] for name, column in self._figures.items()}
         return pd.DataFrame({**columns, "rollout_idx": index[rows], **figures})
+
+
+def job_of(record: Mapping[str, Any]) -> Job:
+    """The job of a line that may be damaged. Raises `UsageError` where it names none."""
+    try:
+        job = Job.of(record)
+    except KeyError as error:
+        raise UsageError(
+            f"a record lacks the key {error}: {json.dumps(record)[:80]}; it is of another version"
+        ) from None
+    if not all(map(isinstance, job, (str, str, int, int, str))):
+        raise UsageError(f"a record names no job: {json.dumps(record)[:80]}; delete its line")
+    return job
+
+
+def check_figures(sample: Mapping[str, Any], file: Path) -> None:
+    """Raises `UsageError` for a sample that lacks its figures."""
+    if not all(isinstance(sample.get(key), int | float) for key in ("rollouts", "time", "best_reward")):
+        what = " ".join(map(str, Job.of(sample)))
+        raise UsageError(f"{file} holds a damaged record of {what}; delete its line")
 
 
 def _slim(record: Mapping[str, Any]) -> SampleRecord:

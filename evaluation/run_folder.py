@@ -76,14 +76,17 @@ class RunFolder:
         return "_".join(self.path.name.rsplit("_", 2)[-2:])
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Adds one line to `name`.jsonl in one write: a process that is killed leaves all of it or none."""
+        """Adds one line to `name`.jsonl in one write: a process that is killed leaves all of it or none, and so does a
+        disk that is full: the next line, of another job, may find room."""
         path = self.path / f"{name}.jsonl"
         line = _encoded(to_json(record) + "\n")
         with reported(path):
             if name not in self._streams:
                 self._streams[name] = path.open("ab", buffering=0)
                 _sync(self.path)
-            if self._streams[name].write(line) < len(line):
+            stream = self._streams[name]
+            if (written := stream.write(line)) < len(line):
+                stream.truncate(stream.tell() - written)
                 raise OSError("the disk took a part of a line")
 
     def sync(self, name: str) -> None:

@@ -22,6 +22,7 @@ from dts.evaluation.experiment.run import run
 from dts.evaluation.measures.statistics import bootstrap, mean
 from dts.evaluation.records import Job
 from dts.evaluation.report import charts
+from dts.evaluation.report.runs import load_runs
 from dts.evaluation.run_folder import RunFolder, read_jsonl
 from dts.evaluation.tracking import NullTracker
 
@@ -74,6 +75,28 @@ def test_a_rollout_takes_some_forty_bytes_and_long_parts_of_samples_stay_on_the_
 def test_a_damaged_rollout_is_named(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="a rollout is damaged"):
         Collected().add_rollout(rollout(JOBS[0], 1, **change))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("samples", {"model": "red"}, "lacks the key 'dataset'"),
+        ("samples", {**JOBS[0]._asdict(), "seed": "0"}, "names no job"),
+        ("samples", JOBS[0]._asdict(), "samples.jsonl holds a damaged record of red har 0 0 maxent"),
+        ("rollouts", {**JOBS[0]._asdict(), "model": []}, "names no job"),
+    ],
+)
+def test_a_report_of_damaged_records_says_which_is_damaged(
+    tmp_path: Path, name: str, damage: dict[str, Any], message: str
+) -> None:
+    backend = fake_backend(FakeTask())
+    folder = RunFolder.create(tmp_path, "x")
+    run(prepare(ExperimentConfig(models=("red",), methods=("maxent",)), backend), folder, NullTracker(), backend,
+        run_jobs)  # fmt: skip
+    folder.append(name, damage)
+    folder.close()
+    with pytest.raises(UsageError, match=message):
+        load_runs([folder.path])
 
 
 def test_a_run_reads_its_files_once_before_it_starts_and_never_again(

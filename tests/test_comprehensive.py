@@ -144,7 +144,8 @@ def test_a_failing_judge_is_one_line_without_the_key_and_keeps_its_cache(stub, t
 
 
 def test_bad_judge_addresses_are_refused_and_unreachable_ones_fail_at_once(tmp_path):
-    for url in ("ftp://host/x", "host", f"https://user:{KEY}@host/x", f"https://host/x?key={KEY}"):
+    for url in ("ftp://host/x", "host", f"https://user:{KEY}@host/x", f"https://:{KEY}@host/x",
+                f"https://host/x?key={KEY}"):  # fmt: skip
         with pytest.raises(dts.UsageError, match="judge-url") as caught:
             Judge(url, "m", tmp_path / "c")
         assert KEY not in str(caught.value)

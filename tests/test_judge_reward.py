@@ -106,6 +106,20 @@ def test_a_pair_is_compared_in_both_orders(stub):
     assert asked(first_always, "text") == [0.5]  # a preference for a position is none for a text
 
 
+def test_the_other_reply_is_asked_for_once_for_each_search_and_in_the_thread_of_the_search(stub):
+    asked_in = []
+
+    def other(prompt):
+        asked_in.append(threading.current_thread())
+        return prompt + "!"
+
+    reward, _ = judge(stub(lambda question, number: says('{"winner": "tie"}')), against=other, workers=3)
+    states = [reward.start(Context("Hi?", (1,), str))] * 3
+    for texts in ("a", "b", "c"), ("d", "e", "f"):
+        assert reward.finish(states, [Finished((), text) for text in texts]) == [0.5] * 3
+    assert asked_in == [threading.current_thread()]
+
+
 def test_a_search_takes_it_as_reward(stub, tiny_lm):
     server = stub(length_score)
     reward, _ = judge(server, workers=3)
@@ -224,12 +238,13 @@ def test_an_endpoint_that_hangs_is_asked_again(stub):
 
 
 def test_it_waits_as_long_as_the_endpoint_asks(stub):
-    headers = [{"Retry-After": "17"}, {"Retry-After": "1e9"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}]
-    server = stub(lambda question, number: Reply(status=429, headers=headers[number]) if number < 3
+    headers = [{"Retry-After": "17"}, {"Retry-After": "1e9"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"},
+               {"Retry-After": "nan"}, {"Retry-After": "-5"}]  # fmt: skip
+    server = stub(lambda question, number: Reply(status=429, headers=headers[number]) if number < 5
                   else says('{"score": 5}'))  # fmt: skip
     reward, clock = judge(server)
     assert asked(reward, "text") == [0.5]
-    assert clock.slept == [17.0, 60.0, 4.0]
+    assert clock.slept == [17.0, 60.0, 4.0, 8.0, 16.0]
 
 
 def test_after_the_last_try_the_failure_is_an_error(stub):
@@ -303,6 +318,9 @@ def test_the_key_is_in_no_message_and_no_log(stub, monkeypatch, caplog):
         ({"url": "127.0.0.1:8000/v1"}, "url is no plain"),
         ({"url": "https://me:secret@host/v1"}, "url is no plain"),
         ({"url": "https://host/v1?key=secret"}, "url is no plain"),
+        ({"url": "https://:secret@host/v1"}, "url is no plain"),
+        ({"url": "https://host:secret/v1"}, "url is no plain"),
+        ({"url": "https://[secret/v1"}, "url is no plain"),
         ({"retries": -1}, "retries=-1 is not allowed"),
         ({"timeout": 0}, "timeout=0 is not allowed"),
         ({"workers": 0}, "workers=0 is not allowed"),

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,17 @@ def _no_pictures() -> Iterator[None]:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class BytesTask(FakeTask):
-    """Rewards completions by their bytes, whatever they are."""
+    """Rewards completions by their bytes, whatever they are. `begun` has the searches that asked for a reward."""
+
+    begun: list[str] = field(default_factory=list, compare=False)
 
     def reward(self, example: Example) -> Reward:
+        self.begun.append(example.id)
+
         def score(context: Context, finished: Sequence[Finished]) -> list[float]:
+            self.fail()
             return [sum(done.text.encode()) % 101 / 100 for done in finished]
 
         return TerminalReward(score, "bytes")
@@ -64,7 +70,7 @@ class BytesTask(FakeTask):
         return {"length": sum(map(len, texts.values())) / len(texts)}
 
 
-def tiny_backend() -> Backend:
+def tiny_backend(task: FakeTask | None = None) -> Backend:
     """The real decoding on a random two-layer Llama."""
     from families import ByteTokenizer, random_model
 
@@ -75,16 +81,53 @@ def tiny_backend() -> Backend:
     def load(spec: FakeSpec, config: ExperimentConfig) -> HFModel:
         return HFModel(random_model("llama"), ByteTokenizer(), spec.name)
 
-    return replace(fake_backend(BytesTask()), methods=METHODS, load=load, decode=dts.decode)
+    return replace(fake_backend(task or BytesTask()), methods=METHODS, load=load, decode=dts.decode)
 
 
-def child(arguments: Sequence[str], log: Path) -> None:
+@dataclass(frozen=True)
+class Death:
+    """A process kills itself at call number `count` of a place, and leaves how many searches it had begun."""
+
+    place: str  # "score", in the midst of searches; "sync", between a job's rollouts and its sample
+    count: int
+    note: Path
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[BytesTask]:
+        calls, sync = Calls(), RunFolder.sync
+
+        def step() -> None:
+            calls.scored += 1
+            if calls.scored == self.count:
+                self.note.write_text(str(len(task.begun)))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def deadly(folder: RunFolder, name: str) -> None:
+            sync(folder, name)
+            if name == "rollouts":
+                step()
+
+        task = BytesTask(fail=step if self.place == "score" else lambda: None, count=9)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.place == "sync":
+                patch.setattr(RunFolder, "sync", deadly)
+            yield task
+
+
+def child(arguments: Sequence[str], log: Path, death: Death | None) -> None:
     """What a killed process does: the command line in a process of its own."""
     import torch
 
+    import dts
+
     torch.set_num_threads(1)
-    with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), no_pictures():
-        code = main(arguments, tiny_backend())
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(log.open("a"))
+        stack.enter_context(contextlib.redirect_stdout(stream))
+        stack.enter_context(contextlib.redirect_stderr(stream))
+        stack.enter_context(no_pictures())
+        task = stack.enter_context(death.awaited()) if death is not None else BytesTask()
+        code = main(arguments, replace(tiny_backend(task), decode_many=dts.decode_many))
     raise SystemExit(code)
 
 
@@ -97,10 +140,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     context.set_forkserver_preload(["test_resume", "families", "dts.search", "dts.models.huggingface", "dts.decoding"])
     log = tmp_path_factory.mktemp("log") / "log.txt"
 
-    def started(*arguments: str) -> Any:
+    def started(*arguments: str, death: Death | None = None) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-            process = context.Process(target=child, args=(arguments, log))
+            process = context.Process(target=child, args=(arguments, log, death))
             process.start()
         return process
 
@@ -158,8 +201,8 @@ def test_five_kills_and_resumes_end_like_an_uninterrupted_run(
     start: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--models", "red", "--methods", "maxent", "greedy", "--seeds", "0", "7", "--num-samples", "9",
-               "--num-rollouts", "4", "--rollout-batch", "1", "--max-tokens", "12", "--save-trees", "2",
-               "--no-wandb", "--output-dir", str(tmp_path)]  # fmt: skip
+               "--num-rollouts", "4", "--rollout-batch", "1", "--prompts-at-once", "1", "--max-tokens", "12",
+               "--save-trees", "2", "--no-wandb", "--output-dir", str(tmp_path)]  # fmt: skip
     jobs, rollouts = 2 * 9 * 2, 2 * 9 * (4 + 1)
     whole = start(*command, "--experiment-name", "x")
     whole.join()
@@ -193,13 +236,62 @@ def test_five_kills_and_resumes_end_like_an_uninterrupted_run(
     assert (straight / "config.json").read_bytes() == (broken / "config.json").read_bytes()
 
 
+def unordered(folder: Path) -> dict[str, list[str]]:
+    """What does not depend on the output folder and on neighbours in a batch: these round log p, spare a call for the
+    prompt and decide which search finishes first."""
+    found = {}
+    for name, parts in contents(folder).items():
+        values = [json.loads(part) for part in parts if not name.startswith("trees")]
+        for one in values:
+            one.get("config", {}).pop("output_dir", None)
+            for key in ("logprob", "shares", "model_calls"):
+                one.pop(key, None)
+        found[name] = sorted(map(json.dumps, values))
+    return found
+
+
+@pytest.mark.parametrize("place", ["score", "sync"])
+def test_a_run_with_several_searches_in_flight_is_killed_five_times_and_resumed_without_loss(
+    start: Callable[..., Any], tmp_path: Path, place: str
+) -> None:
+    command = ["--models", "red", "--methods", "maxent", "greedy", "--seeds", "0", "7", "--num-samples", "9",
+               "--num-rollouts", "4", "--rollout-batch", "1", "--prompts-at-once", "4", "--max-tokens", "12",
+               "--save-trees", "2", "--no-wandb", "--experiment-name", "x"]  # fmt: skip
+    whole = start(*command, "--output-dir", str(tmp_path / "whole"))
+    whole.join()
+    assert whole.exitcode == 0
+    broken, samples, in_flight = None, list[bytes](), list[int]()
+    for count in random.Random(5).sample(range(6, 20) if place == "score" else range(1, 6), 5):
+        death = Death(place, count, tmp_path / "begun")
+        arguments = ["--resume", str(broken)] if broken else [*command, "--output-dir", str(tmp_path / "broken")]
+        process = start(*arguments, death=death)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (broken,) = (tmp_path / "broken").glob("x_*")
+        before, samples = samples, lines(broken / "samples.jsonl")
+        assert samples[: len(before)] == before  # bytes that are there stay
+        in_flight.append(int(death.note.read_text()) - (len(samples) - len(before)))  # begun, and not finished
+        finished = {Job.of(json.loads(line)) for line in samples}
+        unfinished = {Job.of(json.loads(line)) for line in lines(broken / "rollouts.jsonl")} - finished
+        assert bool(unfinished) == (place == "sync")
+    assert min(in_flight) >= 1 and max(in_flight) >= 3
+    assert 0 < len(samples) < 36 and broken is not None
+    last = start("--resume", str(broken))
+    last.join()
+    assert last.exitcode == 0
+    (straight,) = (tmp_path / "whole").glob("x_*")
+    first, second = unordered(straight), unordered(broken)
+    assert len(first["samples.jsonl"]) == 36 and len(first["rollouts.jsonl"]) == 90
+    assert first == second
+
+
 def test_a_killed_run_and_its_resumed_one_are_one_wandb_run(start: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     from wandb_file import offline_runs, set_aside
 
     command = ["--models", "red", "--methods", "maxent", "--seeds", "0", "7", "--num-samples", "3",
-               "--num-rollouts", "8", "--rollout-batch", "1", "--max-tokens", "12", "--wandb-mode", "offline",
-               "--output-dir", str(tmp_path)]  # fmt: skip
+               "--num-rollouts", "8", "--rollout-batch", "1", "--prompts-at-once", "1", "--max-tokens", "12",
+               "--wandb-mode", "offline", "--output-dir", str(tmp_path)]  # fmt: skip
     kill_when(start(*command), lambda: next(tmp_path.glob("*/"), None), 10)
     (folder,) = tmp_path.glob("*/")
     set_aside(folder)
@@ -419,6 +511,23 @@ def test_wandb_has_one_step_per_rollout_after_a_resume(tmp_path: Path) -> None:
     rows = [r["rollout_reward"] for r in second.history if "rollout_reward" in r]
     assert rows == [r["rollout_reward"] for r in read_jsonl(folder / "rollouts.jsonl") if r["method"] == "maxent"]
     assert len(second.history) == 3 * (3 + 1)
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
+    """Else the next line, which finds room, would be glued to it."""
+    resource = pytest.importorskip("resource")
+    folder = RunFolder(tmp_path)
+    folder.append("samples", {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(UnavailableError, match="took a part of a line"):
+            folder.append("samples", {"text": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.append("samples", {"b": 2})
+    folder.close()
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"a": 1}, {"b": 2}]
 
 
 def test_a_full_disk_is_one_line_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

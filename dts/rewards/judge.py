@@ -45,6 +45,14 @@ LOOPBACK = frozenset(["localhost", "127.0.0.1", "::1"])
 Against = str | Callable[[Prompt], str]
 
 
+@dataclass(eq=False, slots=True)
+class _Search:
+    """What is held for one search, for all its paths."""
+
+    context: Context
+    other: str | None = None  # the reply to compare with, from the first completion on
+
+
 class JudgeReward(Reward):
     """A judge's opinion of each completion, in [0, 1].
 
@@ -74,7 +82,8 @@ class JudgeReward(Reward):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """url: of the endpoint, such as https://host/v1 or https://host/v1/chat/completions. model: its name there.
-        against: a reply to compare with, or a function from the prompt to one; no reference answer belongs here.
+        against: a reply to compare with, or a function from the prompt to one, which is called once for each search; no
+        reference answer belongs here.
         instruction: the system message, which must ask for the same JSON. key_env: the environment variable that holds
         the key; where it is not set, none is sent. cache: a file of answers, kept over runs and shared by processes;
         None keeps them in memory. max_calls: requests at most, those sent again included. per_minute: requests at most.
@@ -106,28 +115,33 @@ class JudgeReward(Reward):
     def tokens(self) -> int:
         return self._endpoint.tokens
 
-    def start(self, context: Context) -> Context:
-        return context
+    def start(self, context: Context) -> _Search:
+        return _Search(context)
 
-    def earned(self, states: Sequence[Context]) -> list[float]:
+    def earned(self, states: Sequence[_Search]) -> list[float]:
         return [0.0] * len(states)
 
-    def upper(self, states: Sequence[Context]) -> list[float]:
+    def upper(self, states: Sequence[_Search]) -> list[float]:
         return [1.0] * len(states)
 
-    def finish(self, states: Sequence[Context], finished: Sequence[Finished]) -> list[float]:
-        context, texts = states[0], [done.text for done in finished]
-        score = self._alone if self._against is None else self._compared
+    def finish(self, states: Sequence[_Search], finished: Sequence[Finished]) -> list[float]:
+        search, texts = states[0], [done.text for done in finished]
+        if search.other is None and self._against is not None:
+            search.other = str(self._against(search.context.prompt) if callable(self._against) else self._against)
         different = list(dict.fromkeys(texts))
         with ThreadPoolExecutor(max_workers=self._workers) as pool:
-            found = dict(zip(different, pool.map(lambda text: score(context, text), different), strict=True))
+            found = dict(zip(different, pool.map(lambda text: self._score(search, text), different), strict=True))
         return [found[text] for text in texts]
+
+    def _score(self, search: _Search, text: str) -> float:
+        if search.other is None:
+            return self._alone(search.context, text)
+        return self._compared(search.context, text, search.other)
 
     def _alone(self, context: Context, text: str) -> float:
         return self._ask({"message": _shown_prompt(context), "reply": text}, parse_score)
 
-    def _compared(self, context: Context, text: str) -> float:
-        other = self._against(context.prompt) if callable(self._against) else str(self._against)
+    def _compared(self, context: Context, text: str, other: str) -> float:
         if text == other:
             return 0.5
         message = _shown_prompt(context)
@@ -240,6 +254,22 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """What opens this address and follows no redirect. Proxies of the environment are for other machines."""
+    local = urlsplit(url).hostname in LOOPBACK
+    return urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
+
+
+def is_plain(url: str) -> bool:
+    """Whether it is an http(s) address without credentials and query, which messages would show."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for one that is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query
+
+
 @dataclass(slots=True)
 class Endpoint:
     """Chat completions of one endpoint, at a limited rate and number of requests."""
@@ -298,7 +328,7 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
-            with self._opener().open(request, timeout=self.timeout) as response:
+            with opener(self.url).open(request, timeout=self.timeout) as response:
                 content = response.read()
         except urllib.error.HTTPError as error:
             with error:  # what it says may repeat the key
@@ -315,11 +345,6 @@ class Endpoint:
         except ValueError:
             raise RewardError(f"judge at {self._host} answered with something else than JSON; {_FIX}") from None
 
-    def _opener(self) -> urllib.request.OpenerDirector:
-        """Proxies of the environment are for other machines."""
-        local = urlsplit(self.url).hostname in LOOPBACK
-        return urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
-
     @property
     def _host(self) -> str:
         return urlsplit(self.url).netloc
@@ -329,17 +354,19 @@ _FIX = "check url, model and the key; answers so far are kept in the cache"
 
 
 def _completions(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    if not is_plain(url):
         raise UsageError(
             "url is no plain http(s) address; give one like https://host/v1, and the key in an environment variable"
         )
-    return url if parts.path.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
+    return (
+        url if urlsplit(url).path.rstrip("/").endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
+    )
 
 
 def _seconds(headers: Any) -> float:
     """What Retry-After asks for, at most a minute; 0 where it gives no number."""
     try:
-        return min(max(float(headers.get("Retry-After", 0)), 0.0), LONGEST_WAIT)
+        wait = float(headers.get("Retry-After", 0))
     except ValueError:
         return 0.0
+    return min(wait, LONGEST_WAIT) if wait > 0 else 0.0  # "nan" is a number for Python

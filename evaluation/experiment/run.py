@@ -7,13 +7,12 @@ where jobs are done and hand their records to a `Recorder`.
 from __future__ import annotations
 
 import collections
-import json
 import time
 from collections.abc import Mapping
 from typing import Any, cast
 
 from dts.errors import UsageError
-from dts.evaluation.collected import Collected
+from dts.evaluation.collected import Collected, check_figures, job_of
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.outputs import write_outputs
 from dts.evaluation.experiment.plan import Plan, describe
@@ -57,7 +56,7 @@ def repair(plan: Plan, folder: RunFolder) -> Collected:
     collected = Collected()
     known, finished = set(plan.jobs()), collections.Counter[Job]()
     for sample in folder.samples():
-        job = _job_of(sample)
+        job = job_of(sample)
         finished[job] += 1
         if finished[job] > 1 or job not in known:
             what = "a sample 2 times" if finished[job] > 1 else "a sample that its config.json does not name"
@@ -67,7 +66,7 @@ def repair(plan: Plan, folder: RunFolder) -> Collected:
         collected.add_sample(cast("Mapping[str, Any]", sample))
     there, dropped = collections.Counter[Job](), 0
     for rollout in folder.rollouts():
-        job = _job_of(rollout)
+        job = job_of(rollout)
         if job in finished:
             there[job] += 1
             collected.add_rollout(rollout)
@@ -85,24 +84,9 @@ def _check_complete(folder: RunFolder, collected: Collected, there: Mapping[Job,
     """Every sample has its figures, and its rollouts: `there` counts them."""
     for sample in collected.samples:
         job = Job.of(sample)
-        if not all(isinstance(sample.get(key), int | float) for key in ("rollouts", "time", "best_reward")):
-            raise UsageError(
-                f"{folder.path / 'samples.jsonl'} holds a damaged record of {' '.join(map(str, job))}; delete its line"
-            )
+        check_figures(cast("Mapping[str, Any]", sample), folder.path / "samples.jsonl")
         if there[job] != sample["rollouts"]:
             raise UsageError(
                 f"{folder.path / 'rollouts.jsonl'} holds {there[job]} of the {sample['rollouts']} rollouts of "
                 f"{' '.join(map(str, job))}; delete the line of that sample in samples.jsonl to decode it again"
             )
-
-
-def _job_of(record: Mapping[str, Any]) -> Job:
-    try:
-        job = Job.of(record)
-    except KeyError as error:
-        raise UsageError(
-            f"a record lacks the key {error}: {json.dumps(record)[:80]}; it is of another version"
-        ) from None
-    if not all(isinstance(value, str | int) for value in job):
-        raise UsageError(f"a record names no job: {json.dumps(record)[:80]}; delete its line")
-    return job

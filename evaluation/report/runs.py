@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dts.errors import UsageError
-from dts.evaluation.collected import Collected
+from dts.evaluation.collected import Collected, check_figures, job_of
 from dts.evaluation.records import Cell, Job, Record, RolloutRecord, RunSummary, SampleRecord
 from dts.evaluation.run_folder import read_jsonl, stream_jsonl
 from dts.evaluation.tracking.keys import read_cell
@@ -90,11 +90,14 @@ def _places(cells: Sequence[Cell]) -> Callable[[Job], tuple[int, ...]]:
 
 
 def _collect(folder: Path) -> Collected:
-    """Finished samples and all rollouts."""
+    """Finished samples and all rollouts. Raises `UsageError` for a record that is damaged."""
     collected = Collected()
     for sample in stream_jsonl(folder / "samples.jsonl"):
+        job_of(sample)
+        check_figures(sample, folder / "samples.jsonl")
         collected.add_sample(sample)
     for rollout in stream_jsonl(folder / "rollouts.jsonl"):
+        job_of(rollout)
         collected.add_rollout(cast("RolloutRecord", rollout))
     return collected
 
