@@ -68,7 +68,7 @@ class Texts:
             start = _common(frame.ids, ids)
         if self._reading.whole and len(ids) == start:
             ids = [*ids, self._stand_in]  # ends at once
-        return self._fitted(frame, ids or [self._stand_in]), start
+        return self._fitted(frame, ids or [self._stand_in], start), start
 
     def _own(self, frame: Frame, done: Finished) -> Sequence[int]:
         """The completion's own ids; of its text, where that is less than they say (it ends before a stop string)."""
@@ -84,17 +84,19 @@ class Texts:
         encoded = self._tokenizer(text) if special else self._tokenizer(text, add_special_tokens=False)
         return list(encoded["input_ids"])
 
-    def _fitted(self, frame: Frame, ids: list[int]) -> list[int]:
+    def _fitted(self, frame: Frame, ids: list[int], start: int) -> list[int]:
         if self._limit is None or len(ids) <= self._limit:
             return ids
-        if frame.after:
+        if frame.after or start >= self._limit:
             raise RewardError(f"a text of {len(ids)} tokens exceeds the reward model's context of {self._limit}")
         return ids[: self._limit]
 
     def _same_ids(self, other: Any) -> bool:
-        if other is not self._compared[0] or other is None:
-            self._compared = (other, other is not None and _vocabulary(other) == _vocabulary(self._tokenizer))
-        return self._compared[1]
+        compared = self._compared  # of one moment: threads may decode with different models
+        if other is not compared[0] or other is None:
+            compared = (other, other is not None and _vocabulary(other) == _vocabulary(self._tokenizer))
+            self._compared = compared
+        return compared[1]
 
     # -- what stands around a completion ---------------------------------------------------------------------------
 

@@ -258,6 +258,13 @@ def log_p(model, ids, start):
     return rows.gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
 
 
+def test_a_prompt_that_fills_the_context_of_the_reward_model_leaves_nothing_to_score(tiny_lm):
+    small = random_model("gpt2")  # 256 positions
+    reward = dts.ModelReward(small, ByteTokenizer(), "likelihood", template="x" * 256 + "{completion}")
+    with pytest.raises(RewardError, match="exceeds the reward model's context of 256"):
+        dts.decode(tiny_lm, PROMPT, reward=reward, method=MaxEnt(2), max_new_tokens=4)
+
+
 def test_likelihood_under_another_prompt(tiny_lm):
     other = "A sad tale: "
     for per_token in (True, False):
