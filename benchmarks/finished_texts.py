@@ -149,8 +149,8 @@ def prompts_of(name: str, count: int) -> list[Any]:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """What the reward asks of a search: a model is asked about nodes only, tests about finished answers only."""
-    return {"likelihood": {"lookahead": 0}, "coding": {"values": None}}.get(name, {})
+    """What the reward asks of a search: tests are asked about finished answers only, whatever the method."""
+    return {"values": None} if name == "coding" else {}
 
 
 def scores(lm: Any, reward: dts.Reward, prompt: Any, texts: Sequence[Completion]) -> list[float]:

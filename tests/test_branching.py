@@ -46,7 +46,8 @@ def test_the_process_gives_the_posterior_of_its_kernel():
     for leaf in leaves:
         texts.add(tree.path(leaf), tree.reward[leaf])
     exponent, mean, variance, _ = texts._fit()
-    found = texts.prefixes()
+    found, scaled = texts.prefixes(), (np.array(REWARDS) - 0.1) / 0.8
+    assert texts.scaled(REWARDS) == pytest.approx(scaled)
     kernel = np.array([[(shared(a, b) / LONGEST) ** exponent for b in TEXTS] for a in TEXTS])
     np.fill_diagonal(kernel, 1 + NUGGET)
     assert found.nodes.tolist()[0] == ROOT and len(set(found.nodes.tolist())) == len(found.nodes)
@@ -61,7 +62,7 @@ def test_the_process_gives_the_posterior_of_its_kernel():
         prefix = list(tree.tokens(int(node)))
         cross = np.array([(shared(prefix, text) / LONGEST) ** exponent for text in TEXTS])
         solved = np.linalg.solve(kernel, cross)
-        assert value == pytest.approx(mean + solved @ (np.array(REWARDS) - mean))
+        assert value == pytest.approx(mean + solved @ (scaled - mean))
         own = (depth / LONGEST) ** exponent
         assert spread == pytest.approx(variance * (own - solved @ cross), abs=1e-12)
         assert fresh == pytest.approx(variance * (1 - own))
@@ -88,7 +89,7 @@ def test_a_branch_point_is_drawn_by_expected_improvement_for_its_tokens():
         brancher.learn(leaf, 0)
     found = brancher._texts.prefixes()
     spread = np.sqrt(found.variances + found.fresh)
-    z = (found.means - 0.9) / spread
+    z = (found.means - 1.0) / spread  # in units of the rewards, 0.9 is the highest
     worth = spread * (norm.pdf(z) + z * norm.cdf(z)) * [math.exp(tree.log_unexplored[n]) for n in found.nodes.tolist()]
     worth = (worth / (LONGEST - found.depths)) ** 2
     bounds = np.cumsum(worth) / worth.sum()
@@ -125,7 +126,8 @@ def test_a_precise_value_model_is_believed_and_a_wrong_one_is_not():
             brancher.learn(leaf, 0)
         found = brancher._texts.prefixes()
         means, variances = brancher._both_opinions(found)
-        pull = (means[1:] - found.means[1:]) / ([tree.promise[n] for n in found.nodes.tolist()[1:]] - found.means[1:])
+        promises = brancher._texts.scaled([tree.promise[n] for n in found.nodes.tolist()[1:]])
+        pull = (means[1:] - found.means[1:]) / (promises - found.means[1:])
         assert np.all(variances <= found.variances)
         assert np.mean(pull) > 0.5 if precise else np.mean(pull) < 0.2
 
@@ -183,3 +185,31 @@ def test_over_long_texts_paths_branch_late_where_the_last_tokens_decide():
 def test_an_unknown_branch_is_refused():
     with pytest.raises(UsageError, match="branch='deep' is not known; give 'values', 'improvement' or None"):
         MaxEnt(8, search="best", branch="deep")
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-12, 1.0, 1e90, 1e160, 1.6e308])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_branch_points_do_not_depend_on_the_unit_of_the_rewards(scale, predicted):
+    tree, leaves = grown(TEXTS, [(reward - 0.5) * scale for reward in REWARDS])
+    brancher = Brancher(tree, LONGEST, predicted=predicted and scale == 1.0)
+    for leaf in leaves:
+        brancher.learn(leaf, 0)
+    plain, leaves = grown(TEXTS, [reward - 0.5 for reward in REWARDS])
+    other = Brancher(plain, LONGEST, predicted=predicted and scale == 1.0)
+    for leaf in leaves:
+        other.learn(leaf, 0)
+    for uniform in np.linspace(0.01, 0.99, 23):
+        chosen = brancher.choose(0.4 * scale, lambda node: True, float(uniform))
+        assert chosen == other.choose(0.4, lambda node: True, float(uniform))
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-9, 1e150, 1e160, 1e300])
+def test_the_best_is_found_for_rewards_of_any_size(scale):
+    case = instance(2, vocab_size=4, horizon=4)
+    method = MaxEnt(10**4, search="best", reward_scale=0.0 if scale > 1e200 else 1.0)
+
+    def reward(text: str) -> float:
+        return case.reward(text) * scale
+
+    result = dts.decode(case.lm, PROMPT, reward=reward, method=method, max_new_tokens=4, seed=0)
+    assert result.best.reward == pytest.approx(case.rewards.max() * scale)

@@ -34,7 +34,7 @@ def run_folder(
         best = max(own, key=lambda path: path[1])[0]
         samples.append(
             {**head, "sample": number, "id": example.id, "text": best, "rollouts": len(own), "time": 2.0,
-             "shares": None, "forwarded_tokens": 100 + number, **extra}
+             "best_reward": max(reward for _, reward in own), "shares": None, "forwarded_tokens": 100 + number, **extra}
         )  # fmt: skip
     for name, records in (("samples", samples), ("rollouts", rollouts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

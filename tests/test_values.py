@@ -261,3 +261,25 @@ def test_a_reward_that_runs_a_model_is_asked_about_nodes_but_not_about_tokens_th
     decoded(tried, MaxEnt(8, search="best", lookahead=4))
     assert tried.asked > plain.asked
     assert decoded(dts.weighted_sum([(Modelled(), 2.0)]), MaxEnt(8, search="best")).best.text == result.best.text
+
+
+def test_a_reward_that_fails_on_every_unfinished_text_is_not_asked_about_them_any_more():
+    fails = Asked(lambda text: len(text) < 8)
+    decoded(fails, MaxEnt(60, search="best"))
+    assert any(len(text) < 8 for text in fails.texts) and all(len(text) == 8 for text in fails.texts[-20:])
+
+
+def test_a_value_model_that_predicts_no_number_is_named():
+    class Broken(Constant):
+        def predict(self, share, score):
+            return math.nan
+
+    with pytest.raises(dts.UsageError, match="predicted nan; return a finite number"):
+        decoded(Asked(), MaxEnt(8, search="best", values=Broken()))
+
+
+def test_a_function_may_say_itself_that_half_a_text_means_nothing():
+    asked = Asked()
+    asked.partial = False
+    result = decoded(asked, MaxEnt(8, search="best"))
+    assert set(asked.texts) == {c.text for c in result.completions}

@@ -79,6 +79,8 @@ class LearnedReward:
     Called as TRL's `f(prompts, completions, **kwargs)`, by which `dts.decode(reward=...)` knows it too.
     """
 
+    partial = False  # its model reads each text from the beginning
+
     def __init__(self, raw: Callable[[Sequence[Any], Sequence[str]], np.ndarray], about: dict[str, Any]) -> None:
         self._raw, self.about = raw, about
         self.__name__ = f"reward_model_{about['kind'].replace('-', '_')}"

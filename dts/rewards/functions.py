@@ -48,7 +48,7 @@ def as_reward(
     *,
     batched: bool | None = None,
     workers: Workers = None,
-    partial: bool = True,
+    partial: bool | None = None,
 ) -> Reward:
     """A reward object as it is, or a function as a terminal reward.
 
@@ -60,7 +60,7 @@ def as_reward(
     workers: for functions of one text that wait or compute long: how many texts at a time, in threads, or at most so
     many calls of an async function; or an executor, such as `ProcessPoolExecutor(4)`. The values are the same.
     partial: whether a search may ask about unfinished texts, too, as a guide; give False where that costs much and says
-    nothing, as with tests of a program.
+    nothing, as with tests of a program. None: what the function's attribute `partial` says, or True.
     Raises `UsageError` for what is no reward.
     """
     if isinstance(reward, type) and all(hasattr(reward, member) for member in ("start", "finish")):
@@ -80,6 +80,7 @@ def as_reward(
     else:
         first = next(iter(parameters.values()), None)
         takes_list = _takes_list(first.annotation if first else None) if batched is None else batched
+    partial = bool(getattr(reward, "partial", True)) if partial is None else partial
     _check_workers(label, workers, takes_list, is_async(reward))
     if "completions" in parameters:
         of_text = not _takes("completion_ids", parameters)

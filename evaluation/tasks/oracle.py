@@ -22,6 +22,9 @@ class OracleReward(TerminalReward):
 
     oracle = True
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options, partial=False)  # an upper bound of choosing among finished texts
+
 
 def is_oracle(reward: Any) -> bool:
     """Whether a reward (or function), or a part of a combined or wrapped one, sees references."""

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from dts.search.maxent.valuemodel import USABLE
 from dts.tree import ROOT, Tree
 
 Floats = NDArray[np.float64]
@@ -41,7 +42,7 @@ class Prefixes:
 
     nodes: NDArray[np.int64]
     depths: Floats  # tokens after the prompt
-    means: Floats  # of the value, in units of the reward
+    means: Floats  # of the value
     variances: Floats  # of the value
     fresh: Floats  # variance of a new text's reward around the value
 
@@ -73,13 +74,19 @@ class SharedPrefixes:
         self._nodes, self.rewards = self._nodes[keep], self.rewards[keep]
         self._shared = self._shared[np.ix_(keep, keep)]
 
+    def scaled(self, values: Any) -> Floats:
+        """Values in units of the rewards: 0 is the lowest of the texts, 1 the highest. No size of rewards overflows."""
+        largest = np.abs(self.rewards).max()
+        low, high = self.rewards.min() / largest, self.rewards.max() / largest
+        return np.asarray((np.asarray(values) / largest - low) / (high - low))
+
     def prefixes(self) -> Prefixes | None:
-        """The root and every inner node of the texts, with what the process says of them; None while all rewards are
-        equal or too few."""
-        if len(self.rewards) < FEWEST_TEXTS or np.ptp(self.rewards) == 0:
+        """The root and every inner node of the texts, with what the process says of them in `scaled` units; None while
+        all rewards are equal or too few."""
+        if len(self.rewards) < FEWEST_TEXTS or self.rewards.min() == self.rewards.max():
             return None
         exponent, mean, variance, inverse = self._fit()
-        weights = inverse @ (self.rewards - mean)
+        weights = inverse @ (self.scaled(self.rewards) - mean)
         lengths = self._shared.diagonal().astype(int)
         found = [(np.array([ROOT]), np.zeros(1), np.full(1, mean), np.full(1, variance / len(lengths)))]
         for text, length in enumerate(lengths):
@@ -98,13 +105,13 @@ class SharedPrefixes:
     def _fit(self) -> tuple[float, float, float, Floats]:
         """g, the mean, v, and the inverse of the correlation matrix."""
         best = None
-        n = len(self.rewards)
+        n, rewards = len(self.rewards), self.scaled(self.rewards)
         for exponent in EXPONENTS:
             matrix = self._correlation(self._shared, exponent)
             np.fill_diagonal(matrix, 1 + NUGGET)
             inverse = np.linalg.inv(matrix)
-            mean = float(inverse.sum(0) @ self.rewards / inverse.sum())
-            rest = self.rewards - mean
+            mean = float(inverse.sum(0) @ rewards / inverse.sum())
+            rest = rewards - mean
             variance = max(float(rest @ inverse @ rest) / n, 1e-12)
             log_likelihood = -0.5 * (n * math.log(variance) + np.linalg.slogdet(matrix)[1])
             log_likelihood -= PREFER_ONE * math.log2(exponent) ** 2
@@ -149,7 +156,7 @@ class Brancher:
         path = tree.path(leaf)
         self._texts.add(path, tree.reward[leaf])
         new = path[left_at:-1]
-        if self._predicted and new:
+        if self._predicted and new and abs(tree.reward[leaf]) < USABLE:
             errors = tree.reward[leaf] - np.array([tree.promise[node] for node in new])
             self._errors.add(np.array([tree.depth[node] for node in new], float), errors)
 
@@ -162,7 +169,7 @@ class Brancher:
         allowed = np.array([may_branch(node) for node in found.nodes.tolist()])
         mean, variance = self._both_opinions(found)
         spread = np.sqrt(variance + found.fresh + 1e-300)
-        z = (mean - best) / spread
+        z = (mean - self._texts.scaled(best)) / spread
         gain = spread * (np.exp(-z * z / 2) / math.sqrt(2 * math.pi) + z * ndtr(z))
         outside = np.exp([self._tree.log_unexplored[node] for node in found.nodes.tolist()])
         worth = np.where(allowed, np.maximum(gain, 0) * outside / (self._longest - found.depths), 0.0)
@@ -173,12 +180,14 @@ class Brancher:
 
     def _both_opinions(self, found: Prefixes) -> tuple[Floats, Floats]:
         """Mean and variance of the values: of the process and the value model together, weighted by precision."""
-        if not self._predicted:
+        rewards = self._texts.rewards
+        if not self._predicted or np.abs(rewards).max() >= USABLE:
             return found.means, found.variances
-        prior = found.fresh[0] * (1 - found.depths / self._longest)
-        errors = self._errors.variances(found.depths, prior)
+        unit = (rewards.max() - rewards.min()) ** 2
+        prior = unit * found.fresh[0] * (1 - found.depths / self._longest)
+        errors = self._errors.variances(found.depths, prior) / (unit or 1.0)
         own = np.maximum(errors - found.fresh, 0.1 * errors) + 1e-300  # without what no prefix can know
         weight = found.variances / (found.variances + own)
         weight[0] = 0.0  # of the root a score says nothing
-        predicted = np.array([self._tree.promise[node] for node in found.nodes.tolist()])
+        predicted = self._texts.scaled([self._tree.promise[node] for node in found.nodes.tolist()])
         return found.means + weight * (predicted - found.means), found.variances * (1 - weight)

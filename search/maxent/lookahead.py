@@ -12,7 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from dts.errors import UsageError, shown
 from dts.foresight import Gain
+from dts.search.maxent.valuemodel import USABLE
 from dts.search.readings import Readings, top
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class Scored:
             tree.promise[leaf] = tree.reward[leaf]
         unfinished = [node for node in nodes if not tree.terminal[node]]
         if not self._skill.none:
-            self._scores.update(zip(unfinished, self._search.scores_so_far(unfinished), strict=True))
+            self._scores.update(zip(unfinished, _usable(self._search.scores_so_far(unfinished)), strict=True))
         for node in unfinished:
             score = self._scores.get(node, math.nan)
             tree.promise[node] = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
@@ -88,7 +90,7 @@ class Scored:
     def after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         if self._skill.none:
             return [math.nan] * len(nodes)
-        scores = self._search.scores_after(nodes, tokens)
+        scores = _usable(self._search.scores_after(nodes, tokens))
         return [
             score if token in self._search.lm.eos_ids or math.isnan(score) else self._predict(node, 1, score)
             for node, token, score in zip(nodes, tokens, scores, strict=True)
@@ -101,7 +103,10 @@ class Scored:
         return math.fsum(weight * value for weight, value in known) / weights if weights else math.nan
 
     def _predict(self, node: int, more: int, score: float) -> float:
-        return self._model.predict((self._search.tree.depth[node] + more) / self._longest, score)
+        promise = self._model.predict((self._search.tree.depth[node] + more) / self._longest, score)
+        if not math.isfinite(promise):
+            raise UsageError(f"values={shown(self._model)} predicted {promise!r}; return a finite number")
+        return promise
 
     @property
     def _longest(self) -> int:
@@ -109,15 +114,21 @@ class Scored:
 
     def learn(self, leaf: int) -> None:
         tree, reward = self._search.tree, self._search.tree.reward[leaf]
-        path = [node for node in tree.path(leaf) if not math.isnan(self._scores.get(node, math.nan))]
-        if path:
+        asked = [node for node in tree.path(leaf) if node in self._scores]
+        path = [node for node in asked if not math.isnan(self._scores[node])]
+        if asked and abs(reward) < USABLE:
             self._skill.add([tree.promise[node] for node in path], [self._scores[node] for node in path], reward)
+        if path and abs(reward) < USABLE:
             self._model.observe([(tree.depth[node] / self._longest, self._scores[node]) for node in path], reward)
 
     def on(self, fork: Search) -> Scored:
         other = Scored(fork, self._model)
         other._skill = self._skill
         return other
+
+
+def _usable(scores: Sequence[float]) -> list[float]:
+    return [score if abs(score) < USABLE else math.nan for score in scores]
 
 
 class Skill:
@@ -130,19 +141,19 @@ class Skill:
 
     def add(self, predictions: Sequence[float], scores: Sequence[float], reward: float) -> None:
         """A finished text with the predictions and the scores of its beginnings."""
-        if self._texts:
-            self._model_error += math.fsum((reward - value) ** 2 for value in predictions) / len(predictions)
+        if self._texts and predictions:
+            self._model_error += sum((reward - value) ** 2 for value in predictions) / len(predictions)
             self._mean_error += (reward - self._mean) ** 2
         self._texts += 1
         self._mean += (reward - self._mean) / self._texts
-        self._low, self._high = min(self._low, *scores), max(self._high, *scores)
+        self._low, self._high = min([self._low, *scores]), max([self._high, *scores])
 
     @property
     def none(self) -> bool:
         """True once `ENOUGH_TEXTS` have shown none."""
         if self._texts < ENOUGH_TEXTS:
             return False
-        return self._high == self._low or self._model_error > self._mean_error > 0
+        return self._high <= self._low or self._model_error > self._mean_error > 0
 
 
 def source_for(search: Search, model: ValueModel | None) -> Source | None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from dts.errors import UsageError, shown
 
+USABLE = 1e100  # scores and rewards beyond it are no guide: their squares are no floats
 BINS = 8  # of the share of the text that is written, 0 to 1
 PRIOR_TEXTS = 6.0  # finished texts that the prior slope counts for
 LEAST_SPREAD = 1e-4  # variance of the scores below which they say nothing

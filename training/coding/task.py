@@ -144,6 +144,7 @@ def check(prompt: Any) -> None:
 
 
 public_tests.check = check  # type: ignore[attr-defined]
+public_tests.partial = False  # type: ignore[attr-defined]  # half a program passes nothing
 
 
 def _problem(prompt: Any) -> Problem:
