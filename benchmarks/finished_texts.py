@@ -35,7 +35,7 @@ import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import dts
-from dts.results import Completion
+from dts.results import Completion, Usage
 from dts.rewards import Context, Finished
 from dts.search import BestOfN, Budget, MaxEnt, OnlineValues, Outcome, Run, Search
 from dts.training.coding import problems
@@ -219,8 +219,8 @@ class WatchedRun:
         return None if self.reached is not None or used_up else nodes
 
     def tokens(self, forwarded: int) -> int:
-        """Without the prompt, whose tokens neighbours in the batch may share."""
-        return forwarded - self.search.usage.prompt_tokens
+        """Without the prompt, part of which neighbours in the batch may have sent."""
+        return forwarded - own_prompt(self.search.usage)
 
     def outcome(self) -> Outcome:
         return self.run.outcome()
@@ -233,6 +233,11 @@ class WatchedRun:
         length = sum(rollout.length for rollout in rollouts)
         new = self.tokens(rollouts[-1].tokens) if rollouts else 0
         return {"quarters": quarters, "reused": max(0.0, 1 - new / max(length, 1))}
+
+
+def own_prompt(usage: Usage) -> int:
+    """Tokens of the prompt that this search sent."""
+    return usage.prompt_tokens - usage.cached_tokens
 
 
 def distinct_2(text: str) -> float:
@@ -251,7 +256,7 @@ def samples(lm: Any, name: str, n: int, tokens: int, count: int, folder: Path) -
         begun, prompts = time.process_time(), prompts_of(name, count)
         options = {"max_new_tokens": tokens, "seed": 100, "batch_size": WIDTH * count, "width": WIDTH}
         drawn = list(dts.decode_many(lm, prompts, method=BestOfN(n), **options))
-        costs = [result.usage.forwarded_tokens - result.usage.prompt_tokens for result in drawn]
+        costs = [result.usage.forwarded_tokens - own_prompt(result.usage) for result in drawn]
         texts = [[dataclasses.asdict(one) for one in result.completions] for result in drawn]
         kept.write_text(json.dumps([texts, costs, time.process_time() - begun]))
     texts, costs, seconds = json.loads(kept.read_text())
