@@ -2,7 +2,7 @@
 
 A `Forest` sends one token for each path, as a search needs it. A reward model often meets whole texts, so here the
 missing ends of many paths go through the model together: plain attention over copies of what their tree holds, shorter
-paths padded in front and shorter ends behind. What is computed is put into the tree's cache.
+paths padded in front and shorter ends after them. What is computed is put into the tree's cache.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def send(session: TreeSession, view: ModelView, device: torch.device, chains: Se
     """Send chains that differ in their slot or their first token; returns the new slots of each. view: of plain
     attention. A chain has a lane of the session for itself."""
     held = [session.held(slot) for slot, _ in chains]  # [heads, tokens, dim] per layer, keys before values
-    behind = [columns[0].shape[1] for columns in held]
-    before, longest = max(behind), max(len(tokens) for _, tokens in chains)
+    lengths = [columns[0].shape[1] for columns in held]
+    before, longest = max(lengths), max(len(tokens) for _, tokens in chains)
     cache = _past(held, before)
     ids = [[*tokens, *([0] * (longest - len(tokens)))] for _, tokens in chains]
     mask = [[0] * (before - past) + [1] * (past + len(tokens)) + [0] * (longest - len(tokens))
-            for past, (_, tokens) in zip(behind, chains, strict=True)]  # fmt: skip
+            for past, (_, tokens) in zip(lengths, chains, strict=True)]  # fmt: skip
     positions = [[past + min(i, len(tokens) - 1) for i in range(longest)]
-                 for past, (_, tokens) in zip(behind, chains, strict=True)]  # fmt: skip
+                 for past, (_, tokens) in zip(lengths, chains, strict=True)]  # fmt: skip
     hidden = view.decoder(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
@@ -56,7 +56,7 @@ def send(session: TreeSession, view: ModelView, device: torch.device, chains: Se
     ).last_hidden_state  # [chains, longest, H]
     new = [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
     slots = [
-        session.adopt(slot, tokens, [tensor[row, :, before - behind[row] : before + len(tokens)] for tensor in new])
+        session.adopt(slot, tokens, [tensor[row, :, before - lengths[row] : before + len(tokens)] for tensor in new])
         for row, (slot, tokens) in enumerate(chains)
     ]
     kept = torch.cat([hidden[row, : len(tokens)] for row, (_, tokens) in enumerate(chains)])

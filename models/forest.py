@@ -74,9 +74,9 @@ class Forest:
         while left := [(tree, new) for tree, new in left if new]:
             now, later = _first(left, self._at_once)
             for tree, new, waiting in now:
-                behind = tree.cache.parents([*new, *waiting])
-                while lost := {slot: None for parent in behind[: len(new)] for slot in tree.cache.missing(parent)[:1]}:
-                    self.recompute(tree, list(lost)[: self._at_once], behind)
+                needed = tree.cache.parents([*new, *waiting])
+                while lost := {slot: None for parent in needed[: len(new)] for slot in tree.cache.missing(parent)[:1]}:
+                    self.recompute(tree, list(lost)[: self._at_once], needed)
             if self._forward([(tree, new, tree.cache.parents(waiting)) for tree, new, waiting in now]):
                 left = later
         return slots

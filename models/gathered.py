@@ -42,8 +42,8 @@ class Paths:
         """Columns of the prompts, padded to the longest, and then of the lanes, in which the tokens are."""
         if device not in self._index:
             prefix = torch.tensor(self._step.prefix_lengths)[:, None]
-            behind = self._step.prefix_length - prefix  # padding of a prompt
-            found = torch.where(self._positions < prefix, self._positions, self._positions + behind).clamp(min=0)
+            gap = self._step.prefix_length - prefix  # padding of a prompt
+            found = torch.where(self._positions < prefix, self._positions, self._positions + gap).clamp(min=0)
             self._index[device] = found.to(device)
         return self._index[device]
 

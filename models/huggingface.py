@@ -25,7 +25,7 @@ from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, state_bytes, tree_way
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
 from dts.models.treecache import Place
-from dts.models.view import ModelView, Way, core_of
+from dts.models.view import ModelView, Way, core_of, entry_device
 from dts.models.vocabulary import unknown_ids
 from dts.rewards import Prompt
 
@@ -113,10 +113,7 @@ class HFModel:
     @property
     def device(self) -> torch.device:
         """Where token ids enter the model."""
-        embeddings = self._core.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        # A layer that accelerate keeps elsewhere says where it computes.
-        return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+        return entry_device(self._core)
 
     def view(self) -> ModelView:
         """The model as it is now, for one session: in eval mode, and with modules and configs of its own."""

@@ -23,7 +23,7 @@ from dts.models.rope import context_length, rope_limits
 from dts.models.selfcheck import check_ids, refuse_unless_causal, tolerance, tree_problem
 from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.treecache import Place
-from dts.models.view import ModelView, core_of
+from dts.models.view import ModelView, core_of, entry_device
 
 Ids = Sequence[int]
 PREFILL_CHUNK = 1024  # tokens per forward call
@@ -62,10 +62,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        embeddings = self._core.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        # A layer that accelerate keeps elsewhere says where it computes.
-        return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+        return entry_device(self._core)
 
     def view(self) -> ModelView:
         """The model as it is now."""

@@ -81,7 +81,7 @@ def _tree_problem(view: Callable[[], ModelView], ids: list[int], device: torch.d
 def _difference(make: Callable[[], ModelView], ids: list[int], device: torch.device) -> str | None:
     """Two branches after one prompt and, in the same calls, one after a shorter prompt."""
     view = make()
-    size = PROMPT + view.recurrent  # a recurrence that goes on with a piece of two tokens
+    size = PROMPT + view.recurrent  # a recurrence that continues with a piece of two tokens
     branches = ids[size : size + TAIL], ids[size + TAIL : size + 2 * TAIL]
     paths = [(ids[:size], branches[0]), (ids[:size], branches[1]), (ids[: size - 1], branches[0])]
     direct = torch.cat([whole_logits(make(), prompt + tail, device)[:, -1] for prompt, tail in paths])

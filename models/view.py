@@ -155,6 +155,14 @@ class Viewable(Protocol):
         """The model as it is now, for one session."""
 
 
+def entry_device(core: Any) -> torch.device:
+    """Where token ids enter a model."""
+    embeddings = core.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    # A layer that accelerate keeps elsewhere says where it computes.
+    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def core_of(model: Any) -> Any:
     """The causal model inside a compiled or PEFT wrapper."""
     model = getattr(model, "_orig_mod", model)

@@ -20,7 +20,7 @@ from dts.settings import Decoding
 from dts.tree import Tree
 
 T = TypeVar("T")
-Readings = Generator["Reading", None, T]  # yields what it has to read before it goes on
+Readings = Generator["Reading", None, T]  # yields what it has to read before it continues
 
 AT_ONCE = 2**24  # probabilities that are worked on at a time: 128 MiB for each temporary tensor
 

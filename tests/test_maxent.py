@@ -94,15 +94,16 @@ def test_forgetting_what_other_paths_finished_is_biased(monkeypatch):
     assert found.mean() - 1 < -3 * found.std() / math.sqrt(200)
 
 
-@pytest.mark.parametrize("structured", [True, False])
-def test_intervals_of_log_z_cover_the_truth(structured):
-    case, scale = instance(3, structured=structured), 12.0
-    truth = float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
-    estimates = [search(case, case.reward, 200, scale, seed).log_z_estimate for seed in range(50)]
-    covered = sum(e.interval[0] <= truth <= e.interval[1] for e in estimates)
-    assert covered >= 43  # a rate of 90 % gives 43 or more in 88 % of such trials; the seeds are fixed
-    widths = [e.interval[1] - e.interval[0] for e in estimates]
-    assert np.median(widths) < 1.0  # nats; an interval can always cover by saying nothing
+def test_intervals_of_log_z_cover_the_truth():
+    covered, scale = 0, 12.0
+    for structured in (True, False):
+        case = instance(3, structured=structured)
+        truth = float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
+        estimates = [search(case, case.reward, 200, scale, seed).log_z_estimate for seed in range(50)]
+        covered += sum(e.interval[0] <= truth <= e.interval[1] for e in estimates)
+        widths = [e.interval[1] - e.interval[0] for e in estimates]
+        assert np.median(widths) < 1.0  # nats; an interval can always cover by saying nothing
+    assert covered >= 90  # of 100
 
 
 def test_z_is_exact_when_every_sequence_is_finished():

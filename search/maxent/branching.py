@@ -55,9 +55,11 @@ class SharedPrefixes:
         self._nodes = np.full((0, longest), -1, np.int64)  # [texts, tokens]
         self._shared = np.zeros((0, 0))  # tokens that two texts share, [texts, texts]; their lengths on the diagonal
         self.rewards = np.zeros(0)
+        self._found: Prefixes | None = None  # kept until the next text
 
     def add(self, path: Sequence[int], reward: float) -> None:
         """A finished text: its nodes from the root's child to the leaf, and its reward."""
+        self._found = None
         row = np.full(self._longest, -1, np.int64)
         row[: len(path)] = path
         shared = ((self._nodes == row) & (row >= 0)).sum(1)  # a node has one path to it, so equal nodes come first
@@ -85,6 +87,11 @@ class SharedPrefixes:
         all rewards are equal or too few."""
         if len(self.rewards) < FEWEST_TEXTS or self.rewards.min() == self.rewards.max():
             return None
+        if self._found is None:
+            self._found = self._prefixes()
+        return self._found
+
+    def _prefixes(self) -> Prefixes:
         exponent, mean, variance, inverse = self._fit()
         weights = inverse @ (self.scaled(self.rewards) - mean)
         lengths = self._shared.diagonal().astype(int)

@@ -107,13 +107,14 @@ class MaxEnt:
         return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
-        ahead = LookAhead(search, source_for(search, self._value_model(search)), self._lookahead(search.reward))
+        model = None if search.reward.monotone else self._value_model(search)
+        ahead = LookAhead(search, source_for(search, model), self._lookahead(search.reward))
         explore, widening = self.exploring(), self._widening()
         if self.search == "sample":
             return Sampler(search, self.reward_scale, ahead, explore=explore, widening=widening)
         return Optimiser(
             search, self.reward_scale, ahead, explore=explore, widening=widening,
-            sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search),
+            sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search, model),
         )  # fmt: skip
 
     def _lookahead(self, reward: Reward) -> int:
@@ -134,9 +135,8 @@ class MaxEnt:
             return OnlineValues() if asks else None
         return OnlineValues() if self.values == "online" else self.values
 
-    def _brancher(self, search: Search) -> Brancher | None:
+    def _brancher(self, search: Search, model: ValueModel | None) -> Brancher | None:
         by_default = "values" if search.reward.monotone or self.bonus is not None else "improvement"
         if (self.branch or by_default) == "values":
             return None
-        predicted = not search.reward.monotone and self._value_model(search) is not None
-        return Brancher(search.tree, search.decoding.max_new_tokens, predicted=predicted)
+        return Brancher(search.tree, search.decoding.max_new_tokens, predicted=model is not None)
