@@ -476,3 +476,8 @@ def test_token_ids_as_prompt_need_no_text_where_the_tokenizers_agree(tiny_lm):
     result = dts.decode(tiny_lm, [7, 8, 9], reward=reward, method=BestOfN(3), max_new_tokens=5)
     best = [token for token in result.best.token_ids if token]
     assert result.best.reward == pytest.approx(float(plain(model, [7, 8, 9, *best])[0]), abs=1e-4)
+
+
+def test_whole_ends_go_through_smollm2_in_one_call(smollm):
+    """Rounding differs from plain calls by more than between the two ways of the tree."""
+    assert Scorer(smollm.model).sends_chains
