@@ -82,6 +82,31 @@ def test_summary_is_the_mean_of_the_records(tmp_path: Path) -> None:
     assert load(folder.path / "summary.json") == json.loads(to_json(summary))
 
 
+def test_an_interrupted_run_draws_the_rollouts_that_came_after_the_last_charts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def write_charts(samples: Any, rollouts: Any, *_: Any) -> dict[str, Path]:
+        drawn.append(len(rollouts))
+        return {}
+
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", write_charts)
+    backend = fake_backend()
+    plan, folder = prepare(CONFIG, backend), RunFolder.create(tmp_path, CONFIG.name)
+
+    def interrupted(plan: Plan, todo: Sequence[Job], backend: Backend, recorder: Recorder) -> None:
+        own = [job for job in todo if job.unit == todo[0].unit]
+        run_jobs(plan, own, backend, recorder)
+        after: Any = {**folder.records("rollouts")[0], **todo[len(own)]._asdict()}
+        recorder.rollout(after)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, folder, RecordingTracker(), backend, interrupted)
+    assert drawn == [ROLLOUTS // 2, ROLLOUTS // 2 + 1]
+
+
 def test_records_of_an_earlier_version_have_no_figure_that_it_did_not_count(tmp_path: Path) -> None:
     folder, _ = run_in(tmp_path, fake_backend())
     assert NOT_RECORDED not in (folder.path / "report.md").read_text()
