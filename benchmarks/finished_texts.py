@@ -35,6 +35,7 @@ import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import dts
+from dts.evaluation.measures.metrics import tokens_reused
 from dts.results import Completion, Usage
 from dts.rewards import Context, Finished
 from dts.search import BestOfN, Budget, MaxEnt, OnlineValues, Outcome, Run, Search
@@ -226,13 +227,11 @@ class WatchedRun:
         return self.run.outcome()
 
     def branches(self) -> dict[str, Any]:
-        """Where its rollouts left the tree, in quarters of their texts, and the share of tokens that they reused."""
+        """Where its rollouts left the tree, in quarters of their texts, and `tokens_reused`."""
         rollouts = self.search.rollouts
         shares = [rollout.start_depth / max(rollout.length, 1) for rollout in rollouts]
         quarters = np.bincount([min(int(4 * share), 3) for share in shares], minlength=4).tolist()
-        length = sum(rollout.length for rollout in rollouts)
-        new = self.tokens(rollouts[-1].tokens) if rollouts else 0
-        return {"quarters": quarters, "reused": max(0.0, 1 - new / max(length, 1))}
+        return {"quarters": quarters, "reused": tokens_reused(self.search.tree, rollouts) or 0.0}
 
 
 def own_prompt(usage: Usage) -> int:

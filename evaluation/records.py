@@ -98,7 +98,8 @@ class SampleRecord(Head, Costs):
     time: float  # seconds
     nodes: int
     rollouts: int
-    below_root: float | None
+    tokens_reused: float | None  # share of the rollouts' tokens that more than one of them has
+    branch_depth: float | None  # median share of its text after which a rollout left the tree
     logprob: float
     finished_by: str
     shares: list[float] | None  # weight of each rollout as a sample of pi*, where the method estimates pi*
@@ -125,7 +126,8 @@ class Cell(Mark, total=False):
     reward_tokens: float | None
     reward_seconds: float | None
     nodes: float | None
-    below_root: float | None
+    tokens_reused: float | None
+    branch_depth: float | None
     total_time: float  # seconds
     metrics: dict[str, float]
     best_reward_interval: list[float] | None  # 95 %; over all seeds only

@@ -145,19 +145,26 @@ class ModelReward(Reward):
         tails = [row.ids[len(root) : max(row.places, default=-1) + 1] for row in rows]
         tree = self._tree(search, root, max(map(len, tails)))
         before = tree.tokens
-        paths = tree.slots(tails)
-        keys = [
-            [(root, path[place + 1 - len(root)], token) for place, token in zip(row.places, row.following, strict=True)]
-            for row, path in zip(rows, paths, strict=True)
-        ]
+        try:
+            paths = tree.slots(tails)
+            keys = [
+                [(root, path[place + 1 - len(root)], token)
+                 for place, token in zip(row.places, row.following, strict=True)]
+                for row, path in zip(rows, paths, strict=True)
+            ]  # fmt: skip
+            self._read_slots(search, tree, keys)
+        finally:  # what was sent counts, whatever happens after it
+            self.tokens += tree.tokens - before
+        self._keep_within_memory(tree)
+        return [[search.values[key] for key in of_row] for of_row in keys]
+
+    def _read_slots(self, search: _Search, tree: TokenTree, keys: Sequence[Sequence[tuple[Root, int, int]]]) -> None:
+        """Values by root, slot and following token, of those that are not known yet."""
         missing = [key for key in dict.fromkeys(itertools.chain.from_iterable(keys)) if key not in search.values]
         waiting = iter(missing)
         for outputs in tree.outputs([slot for _, slot, _ in missing]):
             part = list(itertools.islice(waiting, len(outputs)))
             search.values.update(zip(part, self._read(outputs, [token for _, _, token in part]), strict=True))
-        self.tokens += tree.tokens - before
-        self._keep_within_memory(tree)
-        return [[search.values[key] for key in of_row] for of_row in keys]
 
     def _tree(self, search: _Search, root: Root, longest: int) -> TokenTree:
         limit = self._scorer.context_length
@@ -191,10 +198,10 @@ class ModelReward(Reward):
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
             outputs = self._scorer.whole([rows[index].ids for index in chosen], self._texts.pad)
+            self.tokens += sum(len(rows[index].ids) for index in chosen)
             for index, of_row in zip(chosen, outputs, strict=True):
                 places = [min(place, len(of_row) - 1) for place in rows[index].places]
                 values[index] = self._read(of_row[places], rows[index].following) if places else []
-                self.tokens += len(rows[index].ids)
         return values
 
     def _read(self, outputs: torch.Tensor, following: Sequence[int]) -> list[float]:

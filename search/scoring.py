@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from dts.errors import RewardError
 from dts.results import Usage
 from dts.rewards import NO_REWARD, Context, Finished, Reward, State, checked_finish, promised
 
+Asked = tuple[bytes, State, Finished]  # a text by its key
 REMEMBERED = 1 << 17  # scores, of about 150 bytes each; the oldest are dropped
 
 
@@ -29,7 +32,8 @@ class Scoring:
         self._reward, self._usage = reward, usage
         self._of_text = bool(getattr(reward, "of_text", False))
         self._meter = _Meter(reward, usage)
-        self._scores: dict[bytes, float] = {}
+        self._scores: dict[bytes, float] = {}  # nan: it failed on the text, which was not finished then
+        self._together = math.inf  # unfinished texts to ask about in one call
 
     @property
     def needs_log_probs(self) -> bool:
@@ -55,37 +59,75 @@ class Scoring:
 
     def finish(self, states: Sequence[State], finished: Sequence[Finished], calls: float) -> list[float]:
         """The reward of these sequences. Raises `BudgetSpent` where it would have to score more than `calls` texts."""
-        keys = [self._key(done) for done in finished]
-        rows = self._unknown(keys)
-        if len(rows) > calls:
+        asked = list(zip((self._key(done) for done in finished), states, finished, strict=True))
+        if new := self._unscored(asked):
+            self._ask(new, calls)
+        return self._found(asked)
+
+    def so_far(self, states: Sequence[State], finished: Sequence[Finished], calls: float) -> list[float]:
+        """The same of unfinished texts: nan where the reward fails on one, as some do on half a text."""
+        asked = list(zip((self._key(done) for done in finished), states, finished, strict=True))
+        new = [one for one in self._unscored(asked) if one[0] not in self._scores]
+        if len(new) > calls:
             raise BudgetSpent
-        if rows:
-            with self._meter:
-                values = checked_finish(self._reward, [states[row] for row in rows], [finished[row] for row in rows])
-            if self._reward is not NO_REWARD:
-                self._usage.reward_calls += len(rows)
-            self._scores.update(zip((keys[row] for row in rows), values, strict=True))
-        scores = [self._scores[key] for key in keys]
+        limit = self._usage.reward_calls + calls
+        while new:
+            size = 1 if getattr(self._reward, "one_by_one", False) else int(min(self._together, len(new)))
+            self._try(new[:size], limit)
+            new = new[size:]
+        return self._found(asked)
+
+    def _try(self, asked: Sequence[Asked], limit: float) -> None:
+        """Ask about these texts together. Where the reward fails, nobody knows on which, so each is asked about alone,
+        and fewer are together from now on."""
+        try:
+            self._ask(asked, limit - self._usage.reward_calls)
+        except RewardError:
+            if len(asked) == 1:
+                self._scores[asked[0][0]] = math.nan
+                return
+            for one in asked:
+                self._try([one], limit)
+            self._together = len(asked) // 2
+        else:
+            self._together = max(self._together, 2 * len(asked))
+
+    def _ask(self, asked: Sequence[Asked], calls: float) -> None:
+        """Score these texts, and count them whether or not the reward fails. Raises `BudgetSpent` above `calls`."""
+        if len(asked) > calls:
+            raise BudgetSpent
+        if self._reward is not NO_REWARD:
+            self._usage.reward_calls += len(asked)
+        keys, states, finished = zip(*asked, strict=True)
+        with self._meter:
+            self._scores.update(zip(keys, checked_finish(self._reward, states, finished), strict=True))
+
+    def _found(self, asked: Sequence[Asked]) -> list[float]:
+        scores = [self._scores[key] for key, _, _ in asked]
         while len(self._scores) > REMEMBERED:
             del self._scores[next(iter(self._scores))]
         return scores
 
     def within(self, finished: Sequence[Finished], calls: float) -> int:
         """How many of these sequences, from the first on, can be scored with so many calls."""
-        rows = self._unknown([self._key(done) for done in finished])
-        return len(finished) if len(rows) <= calls else rows[int(calls)]
+        keys = [self._key(done) for done in finished]
+        new = list(dict.fromkeys(key for key in keys if self._has_none(key)))
+        return len(finished) if len(new) <= calls else keys.index(new[int(calls)])
 
     def forget(self) -> None:
         """Let go of the scores."""
         self._scores.clear()
 
-    def _unknown(self, keys: Sequence[bytes]) -> list[int]:
-        """Where the keys stand first that have no score yet."""
-        first: dict[bytes, int] = {}
-        for row, key in enumerate(keys):
-            if key not in self._scores:
-                first.setdefault(key, row)
+    def _unscored(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Each text once."""
+        first: dict[bytes, Asked] = {}
+        for one in asked:
+            if self._has_none(one[0]):
+                first.setdefault(one[0], one)
         return list(first.values())
+
+    def _has_none(self, key: bytes) -> bool:
+        return math.isnan(self._scores.get(key, math.nan))
 
     def _key(self, done: Finished) -> bytes:
         digest = blake2b(done.text.encode(errors="surrogatepass"), digest_size=16)

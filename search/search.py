@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from dts.errors import ModelError, RewardError
+from dts.errors import ModelError
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.processors import Processors
 from dts.results import Completion, Rollout
@@ -235,7 +235,7 @@ class Search:
 
     def _score_first(self, leaves: Sequence[int]) -> int:
         """Reward the first of these leaves, as many as the budget allows; returns how many."""
-        tree, calls = self.tree, self.budget.reward_calls_left(self.usage)
+        tree, calls = self.tree, self._calls_left()
         new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
         allowed = len(new) if calls == math.inf else self._scoring.within([self.finished(leaf) for leaf in new], calls)
         for leaf, reward in zip(new[:allowed], self.rewards(new[:allowed]), strict=True):
@@ -245,30 +245,23 @@ class Search:
     def rewards(self, nodes: Sequence[int]) -> list[float]:
         """The reward of each of these prefixes if its sequence ended there. Raises `BudgetSpent` where the budget does
         not allow all of them."""
-        return self._scored([self._states[node] for node in nodes], [self.finished(node) for node in nodes])
+        texts = [self.finished(node) for node in nodes]
+        return self._scoring.finish([self._states[node] for node in nodes], texts, self._calls_left())
 
     def scores_so_far(self, nodes: Sequence[int]) -> list[float]:
         """The same of unfinished texts: nan where the reward fails on one, as some do on half a text."""
-        return self._so_far([self._states[node] for node in nodes], [self.finished(node) for node in nodes])
+        texts = [self.finished(node) for node in nodes]
+        return self._scoring.so_far([self._states[node] for node in nodes], texts, self._calls_left())
 
     def scores_after(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """The same of these prefixes with one more token."""
         pairs = list(zip(nodes, tokens, strict=True))
         states = self._states_after(pairs)
         self._ahead.update(zip(pairs, states, strict=True))
-        return self._so_far(states, self._finished_after(pairs))
+        return self._scoring.so_far(states, self._finished_after(pairs), self._calls_left())
 
-    def _so_far(self, states: Sequence[State], texts: Sequence[Finished]) -> list[float]:
-        try:
-            return self._scored(states, texts)
-        except RewardError:
-            if len(texts) == 1:
-                return [math.nan]
-            one_by_one = zip(states, texts, strict=True)
-            return [score for state, text in one_by_one for score in self._so_far([state], [text])]
-
-    def _scored(self, states: Sequence[State], done: Sequence[Finished]) -> list[float]:
-        return self._scoring.finish(states, done, self.budget.reward_calls_left(self.usage))
+    def _calls_left(self) -> float:
+        return self.budget.reward_calls_left(self.usage)
 
     def _finished_after(self, pairs: Sequence[tuple[int, int]]) -> list[Finished]:
         """Prefixes with one more token each that need not be in the tree, as if they ended there."""

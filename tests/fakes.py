@@ -16,7 +16,7 @@ from dts.evaluation.tasks.oracle import OracleReward
 from dts.results import Completion, Result, Rollout, Usage
 from dts.rewards import Context, Finished, Reward, TerminalReward, weighted_sum
 from dts.settings import Budget
-from dts.tree import Tree
+from dts.tree import ROOT, Tree
 
 COLORS = {"red": "#FF6B6B", "teal": "#4ECDC4"}
 
@@ -93,16 +93,17 @@ def fake_decode(
     on_rollout: Callable[[Rollout], None],
     **_: Any,
 ) -> Result:
-    """Rollouts with random numbers as texts, 10 forwarded tokens and 5 nodes each, all but the first below the root."""
+    """Rollouts with random numbers as texts, 10 forwarded tokens and 5 nodes each, all with the same first token."""
     rng = np.random.default_rng([seed, len(lm.name), len(method.name)])
     state = reward.start(Context(prompt, (1, 2), lambda ids: ""))
     rollouts: list[Rollout] = []
-    best = -np.inf
+    best, tree = -np.inf, Tree()
     for k in range(method.rollouts):
         text = f"{rng.random():.6f}"
         value = reward.finish([state], [Finished((k,), text)])[0]
         best = max(best, value)
-        rollouts.append(Rollout(k, value, best, 5 * k + 5, 0.25 * k + 0.25, 10 * k + 10, 5, min(k, 1), k, text))
+        leaf = grow_path(tree, tree.first_child[ROOT] if k else ROOT, 5, value)
+        rollouts.append(Rollout(k, value, best, 5 * k + 5, 0.25 * k + 0.25, 10 * k + 10, 5, min(k, 1), leaf, text))
         on_rollout(rollouts[-1])
     completions = [Completion(r.text, (r.index,), r.reward, -1.0, "eos") for r in rollouts]
     completions.sort(key=lambda c: -c.reward)
@@ -115,7 +116,15 @@ def fake_decode(
         model_calls=len(rollouts),
         seconds=0.25 * len(rollouts),
     )
-    return Result(completions, rollouts, usage, Tree(), method.name)
+    return Result(completions, rollouts, usage, tree, method.name)
+
+
+def grow_path(tree: Tree, node: int, depth: int, reward: float) -> int:
+    """New nodes from `node` down to a leaf at this depth, which is returned."""
+    while tree.depth[node] < depth:
+        node = tree.add(node, tree.n_children[node], -1.0, -1.0)
+    tree.terminal[node], tree.reward[node] = 1, reward
+    return node
 
 
 @dataclass

@@ -68,6 +68,36 @@ def test_the_process_gives_the_posterior_of_its_kernel():
         assert fresh == pytest.approx(variance * (1 - own))
 
 
+def slow_prefixes(process: SharedPrefixes) -> dict[int, tuple[float, float, float]]:
+    """Mean, variance and fresh variance by node: the process conditioned on all texts, prefix by prefix."""
+    exponent, mean, variance, inverse = process._fit()
+    weights = inverse @ (process.scaled(process.rewards) - mean)
+    found = {}
+    for nodes, shared in zip(process._nodes, process._shared, strict=True):
+        for depth in range(1, shared.max()):
+            both = (np.minimum(depth, shared) / LONGEST) ** exponent
+            own = (depth / LONGEST) ** exponent
+            spread = variance * max(own - both @ inverse @ both, 0.0)
+            found[int(nodes[depth - 1])] = (mean + both @ weights, spread, variance * (1 - own))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_computed_by_segments_is_what_each_prefix_gives(seed):
+    rng = np.random.default_rng(seed)
+    drawn = [tuple(rng.integers(0, 3, rng.integers(1, LONGEST + 1)).tolist()) for _ in range(90)]
+    texts = [t for t in dict.fromkeys(drawn) if not any(o != t and o[: len(t)] == t for o in drawn)]  # only leaves
+    tree, leaves = grown(list(map(list, texts)), rng.normal(size=len(texts)).tolist())
+    process = SharedPrefixes(LONGEST)
+    for leaf in leaves:
+        process.add(tree.path(leaf), tree.reward[leaf])
+    found, expected = process.prefixes(), slow_prefixes(process)
+    assert sorted(found.nodes.tolist()) == sorted([ROOT, *expected]) and len(expected) > 60
+    for row in zip(found.nodes.tolist(), found.means, found.variances, found.fresh, strict=True):
+        if row[0] != ROOT:
+            assert row[1:] == pytest.approx(expected[row[0]], abs=1e-9, rel=1e-9)
+
+
 @pytest.mark.parametrize(("alike_until", "exponents"), [(2, (0.25, 0.5)), (7, (2.0, 4.0))])
 def test_the_exponent_follows_from_where_texts_that_share_more_become_alike(alike_until, exponents):
     """Rewards that the first tokens decide, and rewards that the last ones decide."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -98,8 +99,73 @@ def test_the_scores_that_are_remembered_are_bounded(monkeypatch):
     asked, usage = Asked(), Usage()
     scoring = Scoring(dts.as_reward(asked), usage)
     for texts in ("abc", "c", "b", "a", "a"):
-        assert scoring.finish([None] * 3, [Finished((), text) for text in texts], 9.0) == [0.0] * len(texts)
+        assert scoring.finish([None] * len(texts), [Finished((), text) for text in texts], 9.0) == [0.0] * len(texts)
     assert asked.texts == [*"abc", "a"] and usage.reward_calls == 4
+
+
+class FailsOnHalf(Asked):
+    """Fails on some unfinished texts, as a parser would."""
+
+    def __call__(self, text: str) -> float:
+        value = super().__call__(text)
+        if text.endswith("2 ") and len(text) < 8:
+            raise ValueError("half a text")
+        return value
+
+
+GUIDED = MaxEnt(16, search="best", values="online", lookahead=4)
+
+
+def test_a_text_that_is_not_finished_is_asked_about_once_although_the_reward_fails_on_some():
+    asked = FailsOnHalf()
+    result = decode(GUIDED, asked)
+    assert max(Counter(asked.texts).values()) == 1 and any(text.endswith("2 ") for text in asked.texts)
+    assert result.usage.reward_calls == len(asked.texts)
+
+
+@pytest.mark.parametrize("workers", [None, 4])
+def test_texts_of_a_batch_that_failed_are_asked_about_alone_and_counted_again(workers):
+    one, batches = FailsOnHalf(), []
+
+    def of_list(texts: list[str]) -> list[float]:
+        batches.append(list(texts))
+        return [one(text) for text in texts]
+
+    reward = dts.as_reward(of_list) if workers is None else dts.as_reward(FailsOnHalf(), workers=workers)
+    result = decode(GUIDED, reward)
+    if workers is None:
+        given = Counter(itertools.chain.from_iterable(batches))
+        assert result.usage.reward_calls == given.total() and 2 in given.values() and max(given.values()) == 2
+    assert result.completions == decode(GUIDED, FailsOnHalf()).completions
+    limited = decode(GUIDED, reward, budget=Budget(reward_calls=9))
+    assert limited.partial and limited.usage.reward_calls <= 9
+
+
+def test_a_reward_that_fails_on_every_second_text_is_soon_asked_about_few_together():
+    batches, usage = [], Usage()
+
+    def of_list(texts: list[str]) -> list[float]:
+        batches.append(len(texts))
+        return [1 / int(text) for text in texts]  # fails on "0"
+
+    scoring = Scoring(dts.as_reward(of_list), usage)
+    for start in range(0, 64, 16):
+        texts = [
+            Finished((start, i), f"{(start + i) * (i % 2)}" if i % 2 else "0" * (start + i + 1)) for i in range(16)
+        ]
+        found = scoring.so_far([None] * 16, texts, 999.0)
+        assert found == [pytest.approx(1 / (start + i)) if i % 2 else pytest.approx(math.nan, nan_ok=True)
+                         for i in range(16)]  # fmt: skip
+    assert usage.reward_calls == sum(batches) < 64 + 16 + 8 + 4 + 2 + 64
+    assert max(batches[-16:]) <= 2
+
+
+@pytest.mark.parametrize("calls", range(1, 40))
+def test_whatever_a_budget_ends_a_text_that_was_scored_is_a_rollout(calls):
+    method = MaxEnt(12, values="online", lookahead=3)
+    result = decode(method, Asked(), batch_size=4, budget=Budget(reward_calls=calls))
+    assert set(result.tree.leaves()) == {rollout.leaf for rollout in result.rollouts}
+    assert len(result.completions) == len(set(result.tree.leaves()))
 
 
 def test_no_reward_costs_nothing():

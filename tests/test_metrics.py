@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import grow_path
 
 from dts.evaluation.data import read_m4_csv
 from dts.evaluation.measures import metrics
+from dts.results import Rollout
+from dts.tree import ROOT, Tree
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "m4_subset.csv.gz").is_file(), reason="needs ../shared/data")
@@ -155,3 +158,18 @@ def test_shuffled_monotonicity_with_ties_equals_all_permutations():
 def test_a_perplexity_beyond_all_floats_is_infinite():
     assert metrics.perplexity([-math.log(4.0)] * 3) == pytest.approx(4.0)
     assert metrics.perplexity([-800.0, -1000.0]) == math.inf
+
+
+def test_tokens_that_several_rollouts_have_are_reused():
+    tree = Tree()
+    first = grow_path(tree, ROOT, 4, 1.0)
+    beside = grow_path(tree, tree.path(first)[1], 4, 1.0)  # leaves after two tokens
+    other = grow_path(tree, ROOT, 2, 1.0)
+    rollouts = [
+        Rollout(i, 1.0, 1.0, 0, 0.0, 0, tree.depth[leaf], start, leaf, "")
+        for i, (leaf, start) in enumerate([(first, 0), (beside, 2), (other, 0), (beside, 4)])
+    ]
+    assert metrics.tokens_reused(tree, rollouts) == pytest.approx(1 - 8 / 14)
+    assert metrics.branch_depth(rollouts) == pytest.approx(0.25)  # of 0, 0.5, 0 and 1
+    assert metrics.tokens_reused(tree, rollouts[:1]) == metrics.branch_depth(rollouts[:1]) == 0
+    assert metrics.tokens_reused(tree, []) is metrics.branch_depth([]) is None

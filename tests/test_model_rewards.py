@@ -75,6 +75,25 @@ def test_a_search_gets_the_plain_scores_and_sends_each_token_once(family, tiny_l
     assert reward.tokens == len(prompt) + beginnings(rows) < sum(len(prompt) + len(row) for row in rows)
 
 
+def test_tokens_that_were_sent_before_an_error_are_counted(tiny_lm, monkeypatch):
+    reward = dts.ModelReward(headed(), tiny_lm.tokenizer)
+    asked(reward, TEXTS[:1])
+    before = reward.tokens
+
+    def fails(self, slots):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(TokenTree, "outputs", fails)
+    state = reward.start(Context(PROMPT, (), lambda ids: ""))
+    with pytest.raises(RuntimeError, match="no"):
+        reward.finish([state] * 2, [Finished((), "a dog"), Finished((), "the dog barks")])
+    monkeypatch.undo()
+    counted = reward.tokens - before
+    assert counted > 0
+    reward.finish([state] * 2, [Finished((), "a dog"), Finished((), "the dog barks")])
+    assert reward.tokens - before == counted  # nothing is sent again
+
+
 def test_unfinished_texts_are_scored_at_the_cost_of_their_new_tokens(tiny_lm):
     reward = Watched(headed(), tiny_lm.tokenizer)
     method = MaxEnt(8, search="best", values="online", lookahead=4)

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import dts
 from dts.errors import UsageError
 from dts.evaluation.report import tree_record, write_report
 from dts.evaluation.report.__main__ import main
+from dts.evaluation.report.summary import NOT_RECORDED
 from dts.results import Estimate, Result, Rollout, Usage
 from dts.search import BestOfN, MaxEnt
 from dts.softvalue import SoftValues
@@ -136,7 +138,7 @@ def cell(model: str, method: str, samples: Sequence[Any]) -> Any:
             "best_reward_interval": [min(own), max(own)],
             "final/avg_monotonicity": 1.0, "independent_monotonicity": 0.5, "final/avg_time_per_sample": 3.0,
             "forwarded_tokens": 30.0, "reward_calls": 3.0, "reward_seconds": 0.5,
-            "below_root": 2 / 3, "metrics": {"accuracy": 0.5}}  # fmt: skip
+            "tokens_reused": 2 / 3, "branch_depth": 0.25, "metrics": {"accuracy": 0.5}}  # fmt: skip
 
 
 def evil_tree() -> dict[str, Any]:
@@ -230,7 +232,7 @@ def test_figures_of_the_tables(page: Path) -> None:
     text = page.read_text()
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text, re.DOTALL)]
     assert ["red", "best-of-n", "2", "0.500", "[0.400,", "0.600]", "-0.100", "[-0.100,", "-0.100]", "30", "3.00",
-            "3", "0.50", "1.00", "(0.50)", "67", "%"] in rows  # fmt: skip
+            "3", "0.50", "1.00", "(0.50)", "67", "%", "25", "%"] in rows  # fmt: skip
     assert ["no", "language", "model", "majority", "0.250"] in rows
     assert len(re.findall("<svg", text)) == 5
     assert len(re.findall('class="card winner"', text)) == 2  # one method is best on each of the two examples
@@ -249,7 +251,8 @@ def test_two_runs_on_one_page(tmp_path: Path, folder: Path, capsys: pytest.Captu
     summary = json.loads((other / "summary.json").read_text())
     summary["config"]["reward_scale"] = 8.0
     for run in summary["runs"]:  # of an older version, which did not count them
-        del run["reward_calls"], run["reward_seconds"]
+        del run["reward_calls"], run["reward_seconds"], run["tokens_reused"], run["branch_depth"]
+        run["below_root"] = 0.5
     (other / "summary.json").write_text(json.dumps(summary))
     target = tmp_path / "both.html"
     assert main([str(folder), str(other), "--output", str(target)]) == 0 and capsys.readouterr().out.split() == [
@@ -257,6 +260,7 @@ def test_two_runs_on_one_page(tmp_path: Path, folder: Path, capsys: pytest.Captu
     ]
     text = target.read_text()
     assert "maxent [A]" in text and "maxent [B]" in text
+    assert escape(NOT_RECORDED) in text and escape(NOT_RECORDED) not in write_report(folder).read_text()
     differing = re.findall(r'<tr class="differs"><th scope="row">([^<]*?) <', text)
     assert differing == ["reward scale"]
     assert len(json.loads(Page(text).scripts[0][1])) == 4

@@ -26,7 +26,7 @@ from dts.evaluation.experiment.plan import Plan, prepare
 from dts.evaluation.experiment.recorder import Recorder
 from dts.evaluation.experiment.run import run
 from dts.evaluation.records import Job, Record
-from dts.evaluation.report.summary import markdown
+from dts.evaluation.report.summary import NOT_RECORDED, markdown, report, summarise
 from dts.evaluation.run_folder import RunFolder, read_jsonl, to_json
 from dts.evaluation.tracking import NullTracker
 
@@ -62,7 +62,8 @@ def test_every_rollout_and_sample_is_on_disk_with_the_inventory_keys(tmp_path: P
     sample = samples[0]
     assert [r["rollout_idx"] for r in first] == [0, 1, 2]
     assert sample["best_reward"] == max(r["rollout_reward"] for r in first) == first[-1]["best_so_far"]
-    assert sample["below_root"] == pytest.approx(2 / 3)
+    assert sample["tokens_reused"] == pytest.approx(2 / 15)  # of three texts of 5 tokens, two begin like the first
+    assert sample["branch_depth"] == pytest.approx(1 / 5)
     assert sample["forwarded_tokens"] == first[-1]["tokens"] == 30
 
 
@@ -79,6 +80,44 @@ def test_summary_is_the_mean_of_the_records(tmp_path: Path) -> None:
     assert figures["color"] == COLORS["red"] and 0 <= figures["metrics"]["accuracy"] <= 1
     assert summary["baselines"] == {"har": {"majority": {"accuracy": 0.25}}}
     assert load(folder.path / "summary.json") == json.loads(to_json(summary))
+
+
+def test_an_interrupted_run_draws_the_rollouts_that_came_after_the_last_charts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def write_charts(samples: Any, rollouts: Any, *_: Any) -> dict[str, Path]:
+        drawn.append(len(rollouts))
+        return {}
+
+    monkeypatch.setattr("dts.evaluation.experiment.outputs.write_charts", write_charts)
+    backend = fake_backend()
+    plan, folder = prepare(CONFIG, backend), RunFolder.create(tmp_path, CONFIG.name)
+
+    def interrupted(plan: Plan, todo: Sequence[Job], backend: Backend, recorder: Recorder) -> None:
+        own = [job for job in todo if job.unit == todo[0].unit]
+        run_jobs(plan, own, backend, recorder)
+        after: Any = {**folder.records("rollouts")[0], **todo[len(own)]._asdict()}
+        recorder.rollout(after)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, folder, RecordingTracker(), backend, interrupted)
+    assert drawn == [ROLLOUTS // 2, ROLLOUTS // 2 + 1]
+
+
+def test_records_of_an_earlier_version_have_no_figure_that_it_did_not_count(tmp_path: Path) -> None:
+    folder, _ = run_in(tmp_path, fake_backend())
+    assert NOT_RECORDED not in (folder.path / "report.md").read_text()
+    plan, samples = prepare(CONFIG, fake_backend()), folder.records("samples")
+    del samples[0]["tokens_reused"], samples[0]["branch_depth"]  # of the first cell, the one sample of two
+    samples[0]["below_root"] = 0.5
+    cells = summarise(samples, plan.tasks, plan.colors)
+    assert cells[0]["tokens_reused"] is None and cells[0]["branch_depth"] is None
+    assert cells[2]["tokens_reused"] == pytest.approx(2 / 15) and cells[0]["avg_time_per_sample"] is not None
+    shown = report({**load(folder.path / "summary.json"), "runs": cells})
+    assert NOT_RECORDED in shown and shown.count(" 13 % ") == 1
 
 
 def test_one_file_beside_the_folder_has_everything_in_it(tmp_path: Path) -> None:

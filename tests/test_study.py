@@ -126,6 +126,31 @@ def test_the_costs_of_the_reward_have_a_column(folder):
     assert study_report._mean_of(own, "reward_calls", ".0f") == "-"
 
 
+def test_how_far_a_search_shared_its_tokens_has_columns(folder):
+    run(small(), folder)
+    records = folder.records("study")
+    header, rows = study_report.quality(study_report._cells(records))
+    shown = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
+    for method, row in shown.items():
+        own = [r for r in records if r["method"] == method]
+        assert row["tokens reused"] == f"{np.mean([r['tokens_reused'] for r in own]):.0%}"
+        assert row["branch depth"] == f"{np.mean([r['branch_depth'] for r in own]):.0%}"
+    assert shown["maxent"]["tokens reused"] != "0%"
+
+
+def test_a_study_of_an_earlier_version_says_that_it_did_not_count_them(folder):
+    run(small(), folder)
+    assert study_report.NOT_RECORDED not in study_report.write_report(folder.path)
+    old = folder.records("study")
+    for r in old:
+        del r["tokens_reused"], r["branch_depth"]
+        r["start_depths"] = [0] * len(r["rewards"])
+    (folder.path / "study.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old))
+    assert study_report.NOT_RECORDED in study_report.write_report(folder.path)
+    header, rows = study_report.quality(study_report._cells(old))
+    assert {row[header.index("tokens reused")] for row in rows} == {"-"}
+
+
 def record(rewards, tokens):
     return {"rewards": rewards, "tokens": tokens, "spent": tokens[-1]}
 

@@ -144,6 +144,19 @@ def test_scores_that_mean_nothing_lose_their_slope_and_no_slope_is_negative():
     assert against.predict(0.95, 1.0) == pytest.approx(against.predict(0.95, -1.0))
 
 
+@pytest.mark.parametrize(("unit", "zero"), [(1e-6, 0.0), (1e-6, 100.0), (1e9, 0.0), (1.0, -1e6)])
+def test_what_is_learnt_does_not_depend_on_the_unit_of_the_rewards_nor_on_their_zero(unit, zero):
+    rng = np.random.default_rng(5)
+    plain, other = OnlineValues(), OnlineValues()
+    for score in rng.normal(size=30):
+        path, reward = [(0.3, score), (0.3, score + 0.1 * rng.normal())], 1.5 * score + 0.1 * rng.normal()
+        plain.observe(path, reward)
+        other.observe([(share, unit * one + zero) for share, one in path], unit * reward + zero)
+    found = (other.predict(0.3, 2.0 * unit + zero) - zero) / unit
+    assert found == pytest.approx(plain.predict(0.3, 2.0), abs=1e-5)
+    assert plain.predict(0.3, 2.0) - plain.predict(0.3, 0.0) > 2.0  # a slope far from the prior's, 0.3
+
+
 def test_a_value_model_that_is_given_learns_over_several_searches():
     model = OnlineValues()
     before = model.predict(0.5, 1.0)

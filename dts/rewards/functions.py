@@ -30,6 +30,10 @@ class TerminalReward(Reward):
         self.name, self.parts, self.of_text, self.partial = name, tuple(parts), of_text, partial
         self._score = score
 
+    @property
+    def one_by_one(self) -> bool:  # type: ignore[override]  # not known before a function without annotations is called
+        return bool(getattr(self._score, "one_by_one", False))
+
     def start(self, context: Context) -> State:
         return context
 
@@ -87,7 +91,7 @@ def as_reward(
         return TerminalReward(_trl_scorer(reward), label, [reward], of_text=of_text, partial=partial)
     if workers is not None or is_async(reward):
         takes_list = bool(takes_list)
-    score = _text_scorer(reward, takes_list, label, workers)
+    score = _TextScorer(reward, takes_list, label, workers)
     return TerminalReward(score, label, [reward], of_text=True, partial=partial)
 
 
@@ -144,19 +148,23 @@ def _trl_scorer(function: Callable[..., Any]) -> Callable[[Context, Sequence[Fin
     return score
 
 
-def _text_scorer(
-    function: Callable[..., Any], batched: bool | None, label: str, workers: Workers
-) -> Callable[[Context, Sequence[Finished]], Sequence[float]]:
-    def score(context: Context, finished: Sequence[Finished]) -> Sequence[float]:
-        nonlocal batched
-        texts, first = [f.text for f in finished], list[Any]()
-        if batched is None:
-            batched, first = _find_out(function, texts[0])
-        if batched:
-            return _several(_called(function, texts))
-        return [*first, *_each(function, texts[len(first) :], label, workers)]
+class _TextScorer:
+    """A function of one text or, with `batched`, of a list of texts; None: what it does with the first text says it."""
 
-    return score
+    def __init__(self, function: Callable[..., Any], batched: bool | None, label: str, workers: Workers) -> None:
+        self._function, self._batched, self._label, self._workers = function, batched, label, workers
+
+    @property
+    def one_by_one(self) -> bool:
+        return self._batched is False and self._workers in (None, 1) and not is_async(self._function)
+
+    def __call__(self, context: Context, finished: Sequence[Finished]) -> Sequence[float]:
+        texts, first = [f.text for f in finished], list[Any]()
+        if self._batched is None:
+            self._batched, first = _find_out(self._function, texts[0])
+        if self._batched:
+            return _several(_called(self._function, texts))
+        return [*first, *_each(self._function, texts[len(first) :], self._label, self._workers)]
 
 
 def _called(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

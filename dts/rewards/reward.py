@@ -47,6 +47,7 @@ class Reward:
     monotone: bool = False
     partial: bool = True  # whether an unfinished text may be given to `finish`, too, as a guide for the search
     of_text: bool = False  # whether `finish` looks at nothing but the text: a search asks once about equal texts
+    one_by_one: bool = False  # whether `finish` asks about one text after another, so several together save nothing
     parts: Sequence[Any] = ()  # rewards or functions that it was made from
 
     def start(self, context: Context) -> State:

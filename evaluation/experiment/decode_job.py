@@ -11,7 +11,7 @@ import numpy as np
 
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.plan import Plan
-from dts.evaluation.measures.metrics import expected_monotonicity, monotonicity
+from dts.evaluation.measures.metrics import branch_depth, expected_monotonicity, monotonicity, tokens_reused
 from dts.evaluation.records import Costs, Head, Job, Record, RolloutRecord, SampleRecord
 from dts.evaluation.report import tree_record
 from dts.evaluation.tasks.base import Example
@@ -128,7 +128,6 @@ def sample_record(about: Mapping[str, Any], result: Result) -> SampleRecord:
     usage = result.usage.as_dict()
     seconds = usage.pop("seconds")
     several = len(rewards) > 1
-    below_root = sum(rollout.start_depth > 0 for rollout in result.rollouts)
     return {
         **cast("SampleRecord", about),
         "best_reward": result.best.reward,
@@ -137,7 +136,8 @@ def sample_record(about: Mapping[str, Any], result: Result) -> SampleRecord:
         "time": seconds,
         "nodes": len(result.tree),
         "rollouts": len(rewards),
-        "below_root": below_root / len(rewards) if rewards else None,
+        "tokens_reused": tokens_reused(result.tree, result.rollouts),
+        "branch_depth": branch_depth(result.rollouts),
         "logprob": result.best.logprob,
         "finished_by": result.best.finished_by,
         **cast("Costs", usage),

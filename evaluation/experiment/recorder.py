@@ -43,7 +43,7 @@ class Recorder:
         self._left = collections.Counter(job.unit for job in todo)  # jobs to do, by tracker run
         self._open: dict[Unit, RunTracker] = {}
         self._order = order_of(plan)
-        self._drawn = False  # whether charts were drawn since the last sample
+        self._drawn = False  # whether charts were drawn since the last record
 
     @property
     def charts_are_current(self) -> bool:
@@ -84,6 +84,7 @@ class Recorder:
         """To the disk and to the tracker. Those of one job come together and in order."""
         self._folder.append("rollouts", record)
         self._collected.add_rollout(record)
+        self._drawn = False
         self._run_of(Job.of(record).unit).log_rollout(record)
 
     def take(self, outcome: Outcome) -> None:

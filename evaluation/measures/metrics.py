@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dts.results import Rollout
+from dts.tree import Tree
+
 UNPARSED = "(unparsed)"  # the predicted label of an output without an answer
 
 
@@ -245,3 +248,16 @@ def expected_monotonicity(rewards: Sequence[float]) -> float:
         return math.nan
     counts = np.unique(np.asarray(rewards, float), return_counts=True)[1]
     return 0.5 + 0.5 * float((counts * (counts - 1)).sum()) / (n * (n - 1))
+
+
+def tokens_reused(tree: Tree, rollouts: Sequence[Rollout]) -> float | None:
+    """Share of the rollouts' tokens that an earlier one, or another beside it, has as well: 1 - new / total. None
+    without any token."""
+    total = sum(rollout.length for rollout in rollouts)
+    new = {node for rollout in rollouts for node in tree.path(rollout.leaf)}
+    return 1 - len(new) / total if total else None
+
+
+def branch_depth(rollouts: Sequence[Rollout]) -> float | None:
+    """Median share of its text after which a rollout leaves the tree of earlier ones; None without any rollout."""
+    return float(np.median([r.start_depth / max(r.length, 1) for r in rollouts])) if rollouts else None

@@ -23,7 +23,7 @@ from dts.evaluation.measures import statistics
 from dts.evaluation.records import Cell, Record, SampleRecord
 from dts.evaluation.report import charts
 from dts.evaluation.report.runs import Run, load_run, load_runs
-from dts.evaluation.report.summary import number
+from dts.evaluation.report.summary import NOT_RECORDED, number, of_earlier_version, percent
 from dts.evaluation.report.svg import inline_svg
 from dts.evaluation.run_folder import to_json, write_text
 from dts.evaluation.tasks.oracle import marked, oracles, sees_reference
@@ -62,6 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters["number"] = number
+    environment.filters["percent"] = percent
     environment.filters["method"] = lambda record: marked(record["method"], sees_reference(record))
     template = environment.from_string((files / "report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -70,6 +71,7 @@ def render(runs: Sequence[Run]) -> str:
         colors={model: color for run in runs for model, color in run.colors.items()},
         settings=_settings(runs),
         rewards=rewards,
+        not_recorded=NOT_RECORDED,
         oracles=oracles(samples),
         datasets=[_dataset(name, runs) for name in dict.fromkeys(sample["dataset"] for sample in samples)],
         trees=trees,
@@ -119,6 +121,7 @@ def _dataset(name: str, runs: Sequence[Run]) -> Record:
             for key, (title, caption) in CHARTS.items()
         ],
         "rows": [{**cell, "difference": _difference(cell, cells[0], samples)} for cell in cells],
+        "of_earlier_version": any(map(of_earlier_version, cells)),
         "reference": f"{cells[0]['model']}, {cells[0]['method']}",
         "metrics": list(dict.fromkeys(key for found in (*(c["metrics"] for c in cells), *baselines.values())
                                       for key in found)),

@@ -12,7 +12,7 @@ from dts.evaluation.records import Cell, RunSummary, SampleRecord
 from dts.evaluation.tasks.base import Task
 from dts.evaluation.tasks.oracle import WARNING, marked, sees_reference
 
-# Per sample in samples.jsonl -> mean over samples in the summary.
+# Per sample in samples.jsonl -> mean over samples in the summary; None where records of an earlier version lack it.
 _MEANS = {
     "avg_best_reward": "best_reward",
     "avg_monotonicity": "monotonicity",
@@ -25,7 +25,8 @@ _MEANS = {
     "reward_tokens": "reward_tokens",
     "reward_seconds": "reward_seconds",
     "nodes": "nodes",
-    "below_root": "below_root",
+    "tokens_reused": "tokens_reused",
+    "branch_depth": "branch_depth",
 }
 
 
@@ -51,7 +52,8 @@ def summarise(
 
 def _aggregate(samples: Sequence[SampleRecord], task: Task) -> Cell:
     rows = cast("Sequence[Mapping[str, Any]]", samples)
-    means = {key: mean(row.get(name) for row in rows) for key, name in _MEANS.items()}
+    known = {key: name for key, name in _MEANS.items() if all(name in row for row in rows)}
+    means = {key: mean(row[known[key]] for row in rows) if key in known else None for key in _MEANS}
     return {
         "samples": len(samples),
         **cast("Cell", means),
@@ -87,6 +89,16 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable]) -> list[floa
     return [found.low, found.high]
 
 
+NOT_RECORDED = (
+    "Tokens reused and branch depth are missing where an earlier version made records: it did not count them."
+)
+
+
+def of_earlier_version(cell: Cell) -> bool:
+    """Whether figures are missing because some of its records were made before they were counted."""
+    return cell.get("tokens_reused") is None
+
+
 def report(summary: RunSummary) -> str:
     """The run as Markdown that also reads well in a terminal."""
     state = " (partial: the run was interrupted)" if summary["partial"] else ""
@@ -105,8 +117,11 @@ def report(summary: RunSummary) -> str:
         "Best reward: mean over samples, 95 % bootstrap interval. Tokens: forwarded through the model per sample.",
         "Reward calls: texts that the reward scored per sample; reward s: its part of the seconds.",
         "Monotonicity: share of rollouts whose reward is not below the one before; in brackets what the same rewards",
-        "give in random order. Below root: share of rollouts that continue a path of an earlier one.",
+        "give in random order. Tokens reused: share of the rollouts' tokens that another rollout has, too. Branch",
+        "depth: share of its text after which a rollout leaves the tree of earlier ones (median; mean over samples).",
     ]
+    if any(map(of_earlier_version, runs)):
+        lines.append(NOT_RECORDED)
     for dataset, baselines in summary["baselines"].items():
         metrics = metric_table([run for run in runs if run["dataset"] == dataset], baselines)
         if metrics:
@@ -122,7 +137,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 def table(runs: Sequence[Cell]) -> str:
     """One row per model, data set and method."""
     header = ["model", "data", "method", "samples", "best reward", "tokens", "s/sample", "reward calls", "reward s",
-              "monotonicity", "below root"]  # fmt: skip
+              "monotonicity", "tokens reused", "branch depth"]  # fmt: skip
     rows = [
         [
             run["model"],
@@ -137,7 +152,8 @@ def table(runs: Sequence[Cell]) -> str:
             f"{number(run['avg_monotonicity'], 2)} ({number(run['independent_monotonicity'], 2)})"
             if run["avg_monotonicity"] is not None
             else "-",
-            "-" if run["below_root"] is None else f"{run['below_root']:.0%}",
+            percent(run.get("tokens_reused")),
+            percent(run.get("branch_depth")),
         ]
         for run in runs
     ]
@@ -167,6 +183,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: Any, digits: int = 3) -> str:
     """A figure for a table, `-` where there is none."""
     return "-" if value is None or not np.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share for a table, `-` where there is none."""
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def _bracket(bounds: Sequence[float] | None) -> str:

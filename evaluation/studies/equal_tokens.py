@@ -30,6 +30,7 @@ from tqdm import tqdm
 from dts.errors import DTSError, UsageError
 from dts.evaluation.experiment.decode_job import sample_seed
 from dts.evaluation.experiment.together import SharedClock
+from dts.evaluation.measures.metrics import branch_depth, tokens_reused
 from dts.evaluation.run_folder import RunFolder, reported, write_json
 from dts.evaluation.studies.equal_tokens_report import REFERENCE, Found, SearchRecord, write_report
 from dts.evaluation.tasks import load_task
@@ -206,7 +207,8 @@ def outcome(
         "prompt_tokens": usage.prompt_tokens,
         "tokens": [r.tokens - prompt for r in result.rollouts],
         "rewards": [r.reward for r in result.rollouts],
-        "start_depths": [r.start_depth for r in result.rollouts],
+        "tokens_reused": tokens_reused(result.tree, result.rollouts),
+        "branch_depth": branch_depth(result.rollouts),
         "spent": usage.forwarded_tokens - prompt,
         "unique": usage.unique_tokens - prompt,
         "nodes": nodes,

@@ -13,6 +13,7 @@ import numpy as np
 from dts.errors import UsageError
 from dts.evaluation.measures.statistics import Interval, bootstrap, mean, paired_difference
 from dts.evaluation.records import Mark
+from dts.evaluation.report.summary import NOT_RECORDED
 from dts.evaluation.run_folder import read_jsonl, write_text
 from dts.evaluation.tasks.oracle import WARNING, marked
 
@@ -39,7 +40,8 @@ class SearchRecord(Mark):
     prompt_tokens: int
     tokens: list[int]  # when each rollout was finished
     rewards: list[float]  # of each rollout
-    start_depths: list[int]  # of each rollout
+    tokens_reused: float | None  # share of the rollouts' tokens
+    branch_depth: float | None  # median, share of the text
     spent: int
     unique: int
     nodes: int
@@ -72,7 +74,7 @@ def write_report(folder: Path) -> str:
         "## Best reward at equal forwarded tokens\n\n" + _table(*at_equal_tokens(cells, settings["budgets"])),
         "## Tokens and seconds to reach the best reward of best-of-N\n\n"
         + _table(*tokens_to_reach(cells, settings["budgets"])),
-        "## The best completion of each search\n\n" + _table(*quality(cells)),
+        "## The best completion of each search\n\n" + _table(*quality(cells)) + _missing(records),
         "## Completions as good as the best of best-of-N\n\n" + _table(*as_good(cells)),
         "## Draws against best-of-n at the same mean reward\n\n" + _table(*over_optimisation(cells)),
     ]
@@ -80,6 +82,10 @@ def write_report(folder: Path) -> str:
     write_text(folder / "report.md", text)
     curves(cells).savefig(folder / "curves.png", dpi=150, facecolor="white")
     return text
+
+
+def _missing(records: Sequence[SearchRecord]) -> str:
+    return "" if all("tokens_reused" in record for record in records) else f"\n\n{NOT_RECORDED}"
 
 
 def _cells(records: Sequence[SearchRecord]) -> Cells:
@@ -192,12 +198,12 @@ def quality(cells: Cells) -> tuple[Row, list[Row]]:
             rows.append(
                 [dataset, name, f"{np.mean([c['reward'] for c in best]):.3f}", _show(bootstrap(mean, per_token), ".2f"),
                  f"{np.mean([len(r['rewards']) for r in records]):.0f}",
-                 f"{np.mean([np.mean(r['start_depths']) for r in records]):.1f}",
+                 _mean_of(records, "tokens_reused", ".0%"), _mean_of(records, "branch_depth", ".0%"),
                  f"{np.mean([r['spent'] for r in records]):.0f}", f"{np.mean([r['seconds'] for r in records]):.1f}",
                  _mean_of(records, "reward_calls", ".0f"), _mean_of(records, "reward_seconds", ".2f")]
             )  # fmt: skip
-    header = ["data", "method", "best reward", "log p per token", "rollouts", "mean depth of the start", "tokens", "s",
-              "reward calls", "reward s"]  # fmt: skip
+    header = ["data", "method", "best reward", "log p per token", "rollouts", "tokens reused", "branch depth", "tokens",
+              "s", "reward calls", "reward s"]  # fmt: skip
     return header, rows
 
 

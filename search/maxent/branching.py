@@ -15,8 +15,10 @@ from there costs and multiplied by the mass of the tokens that are no children y
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from dts.search.maxent.valuemodel import USABLE
 from dts.tree import ROOT, Tree
 
 Floats = NDArray[np.float64]
+Nodes = NDArray[np.int64]
 EXPONENTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # g; at 1 every token has the same part in the reward
 PREFER_ONE = 0.3  # log-likelihood that an exponent away from 1 by a factor of 2 has to make up for
 NUGGET = 1e-3  # variance of a text that the prefixes do not explain
@@ -36,11 +39,16 @@ GREED = 2.0  # a prefix is drawn by this power of its improvement per token: pat
 BINS = 8  # of the share of the text, for the errors of a value model
 
 
+def column(values: array[Any], nodes: Nodes) -> NDArray[Any]:
+    """A column of the tree at these nodes. A copy: an array that is looked at cannot grow."""
+    return np.asarray(np.frombuffer(values, values.typecode)[nodes])
+
+
 @dataclass(frozen=True, slots=True)
 class Prefixes:
     """Nodes where a path could leave the tree, [N] each."""
 
-    nodes: NDArray[np.int64]
+    nodes: Nodes
     depths: Floats  # tokens after the prompt
     means: Floats  # of the value
     variances: Floats  # of the value
@@ -53,7 +61,9 @@ class SharedPrefixes:
     def __init__(self, longest: int) -> None:
         self._longest = longest  # tokens
         self._nodes = np.full((0, longest), -1, np.int64)  # [texts, tokens]
-        self._shared = np.zeros((0, 0))  # tokens that two texts share, [texts, texts]; their lengths on the diagonal
+        self._shared = np.zeros(
+            (0, 0), np.int64
+        )  # tokens that two texts share, [texts, texts]; their lengths on the diagonal
         self.rewards = np.zeros(0)
         self._found: Prefixes | None = None  # kept until the next text
 
@@ -64,7 +74,7 @@ class SharedPrefixes:
         row[: len(path)] = path
         shared = ((self._nodes == row) & (row >= 0)).sum(1)  # a node has one path to it, so equal nodes come first
         n = len(self.rewards)
-        grown = np.zeros((n + 1, n + 1))
+        grown = np.zeros((n + 1, n + 1), np.int64)
         grown[:n, :n], grown[n, :n], grown[:n, n], grown[n, n] = self._shared, shared, shared, len(path)
         self._nodes, self._shared = np.vstack([self._nodes, row]), grown
         self.rewards = np.append(self.rewards, reward)
@@ -92,21 +102,43 @@ class SharedPrefixes:
         return self._found
 
     def _prefixes(self) -> Prefixes:
+        """Along a segment, a part of a text where nothing branches, the prefix at depth d has the correlation k(d) with
+        the texts S that pass it and c, which does not depend on d, with the others. So what is known of its value is a
+        polynomial in k(d), b K^-1 b = k(d)^2 (S K^-1 S) + 2 k(d) (S K^-1 c) + c K^-1 c, and so is its mean."""
         exponent, mean, variance, inverse = self._fit()
         weights = inverse @ (self.scaled(self.rewards) - mean)
-        lengths = self._shared.diagonal().astype(int)
-        found = [(np.array([ROOT]), np.zeros(1), np.full(1, mean), np.full(1, variance / len(lengths)))]
-        for text, length in enumerate(lengths):
-            new = int(self._shared[text, :text].max(initial=0))  # its first nodes belong to an earlier text, too
-            depths = np.arange(new + 1, length, dtype=float)
-            both = self._correlation(np.minimum(depths[:, None], self._shared[text]), exponent)
-            known = np.einsum("ij,ij->i", both @ inverse, both)
-            spread = variance * np.maximum(self._correlation(depths, exponent) - known, 0)
-            found.append((self._nodes[text, new : length - 1], depths, mean + both @ weights, spread))
-        nodes, depths, means, variances = (np.concatenate(column) for column in zip(*found, strict=True))
-        return Prefixes(nodes, depths, means, variances, variance * (1 - self._correlation(depths, exponent)))
+        k = self._correlation(np.arange(self._longest + 1), exponent)
+        texts, first, last = self._segments()
+        shared = self._shared[texts]  # [segments, texts]
+        passing = (shared >= last[:, None]).astype(float)
+        others = k[shared] * (1 - passing)
+        solved, solved_others = passing @ inverse, others @ inverse
+        lengths = np.maximum(np.minimum(last, self._shared[texts, texts] - 1) - first + 1, 0)  # without the leaf
+        segment = np.repeat(np.arange(len(texts)), lengths)
+        depths = first[segment] + np.arange(len(segment)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        own = k[depths]
+        known = own**2 * (solved * passing).sum(1)[segment] + 2 * own * (solved * others).sum(1)[segment]
+        known += (solved_others * others).sum(1)[segment]
+        means = mean + own * (passing @ weights)[segment] + (others @ weights)[segment]
+        return Prefixes(
+            np.append(ROOT, self._nodes[texts[segment], depths - 1]),
+            np.append(0.0, depths),
+            np.append(mean, means),
+            variance * np.append(1 / len(self.rewards), np.maximum(own - known, 0)),
+            variance * (1 - np.append(0.0, own)),
+        )
 
-    def _correlation(self, tokens: Floats, exponent: float) -> Any:
+    def _segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Text, first and last depth of each, [segments]. A node belongs to the first text that passes it."""
+        found = []
+        for text, shared in enumerate(self._shared.tolist()):
+            new = max(shared[:text], default=0)
+            ends = sorted({end for end in shared if end >= new} | {new})
+            found += [(text, begin + 1, end) for begin, end in pairwise(ends)]
+        texts, first, last = np.array(found, np.int64).T
+        return texts, first, last
+
+    def _correlation(self, tokens: Any, exponent: float) -> Any:
         return (tokens / self._longest) ** exponent
 
     def _fit(self) -> tuple[float, float, float, Floats]:
@@ -114,7 +146,7 @@ class SharedPrefixes:
         best = None
         n, rewards = len(self.rewards), self.scaled(self.rewards)
         for exponent in EXPONENTS:
-            matrix = self._correlation(self._shared, exponent)
+            matrix = self._correlation(np.arange(self._longest + 1), exponent)[self._shared]
             np.fill_diagonal(matrix, 1 + NUGGET)
             inverse = np.linalg.inv(matrix)
             mean = float(inverse.sum(0) @ rewards / inverse.sum())
@@ -167,19 +199,18 @@ class Brancher:
             errors = tree.reward[leaf] - np.array([tree.promise[node] for node in new])
             self._errors.add(np.array([tree.depth[node] for node in new], float), errors)
 
-    def choose(self, best: float, may_branch: Callable[[int], bool], uniform: float) -> int | None:
+    def choose(self, best: float, may_branch: Callable[[Nodes], Any], uniform: float) -> int | None:
         """A node to leave the tree from, by the expected improvement over the reward `best`; None while too little is
-        known. may_branch: whether a node is open to new children."""
+        known. may_branch: whether nodes are open to new children."""
         found = self._texts.prefixes()
         if found is None:
             return None
-        allowed = np.array([may_branch(node) for node in found.nodes.tolist()])
         mean, variance = self._both_opinions(found)
         spread = np.sqrt(variance + found.fresh + 1e-300)
         z = (mean - self._texts.scaled(best)) / spread
         gain = spread * (np.exp(-z * z / 2) / math.sqrt(2 * math.pi) + z * ndtr(z))
-        outside = np.exp([self._tree.log_unexplored[node] for node in found.nodes.tolist()])
-        worth = np.where(allowed, np.maximum(gain, 0) * outside / (self._longest - found.depths), 0.0)
+        outside = np.exp(column(self._tree.log_unexplored, found.nodes))
+        worth = np.where(may_branch(found.nodes), np.maximum(gain, 0) * outside / (self._longest - found.depths), 0.0)
         if not worth.max() > 0:
             return None
         cumulative = ((worth / worth.max()) ** GREED).cumsum()
@@ -196,5 +227,5 @@ class Brancher:
         own = np.maximum(errors - found.fresh, 0.1 * errors) + 1e-300  # without what no prefix can know
         weight = found.variances / (found.variances + own)
         weight[0] = 0.0  # of the root a score says nothing
-        predicted = self._texts.scaled([self._tree.promise[node] for node in found.nodes.tolist()])
+        predicted = self._texts.scaled(column(self._tree.promise, found.nodes))
         return found.means + weight * (predicted - found.means), found.variances * (1 - weight)

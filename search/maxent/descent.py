@@ -7,18 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dts.logspace import draw, logsumexp
 from dts.results import Estimate
 from dts.search import readings
 from dts.search.choice import Choice
-from dts.search.maxent.branching import Brancher
+from dts.search.maxent.branching import Brancher, Nodes, column
 from dts.search.maxent.lookahead import LookAhead
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
 from dts.search.readings import Readings
 from dts.softvalue import SoftValues
-from dts.tree import ROOT
+from dts.tree import NONE, ROOT
 from dts.visits import Visits
 
 if TYPE_CHECKING:
@@ -192,14 +195,14 @@ class Optimiser(Plain):
             if node is not None:
                 note.way, note.branches = self._guide.tree.path(node)[::-1], True
 
-    def _may_branch(self, node: int) -> bool:
-        """Whether a new child of `node` could hold a better text."""
+    def _may_branch(self, nodes: Nodes) -> NDArray[np.bool_]:
+        """Whether a new child of each node could hold a better text."""
         tree = self._guide.tree
-        return (
-            self.search.evaluated(node)
-            and tree.log_unexplored[node] > -math.inf
-            and tree.upper[node] > self._high
-            and self._guide.log_open[node] > -math.inf
+        return np.asarray(
+            (column(tree.slot, nodes) != NONE)
+            & (column(tree.log_unexplored, nodes) > -math.inf)
+            & (column(tree.upper, nodes) > self._high)
+            & (column(self._guide.log_open, nodes) > -math.inf)
         )
 
     def select(self, path: Path) -> int | Choice:
@@ -209,7 +212,7 @@ class Optimiser(Plain):
             self._visits.enter(path.note.way[-1])
             return path.note.way.pop()
         path.note.branches = False
-        return Choice.EXPAND if self._may_branch(path.node) else self._descend(path)
+        return Choice.EXPAND if self._may_branch(np.array([path.node])).all() else self._descend(path)
 
     def _descend(self, path: Path) -> int | Choice:
         """By the values, or by p."""

@@ -75,15 +75,12 @@ class Scored:
         self._scores: dict[int, float] = {}  # by node
 
     def value(self, nodes: Sequence[int]) -> None:
+        """A finished text is scored where its rollout is recorded, and `learn` writes what it got."""
         tree = self._search.tree
-        leaves = [node for node in nodes if tree.terminal[node]]
-        self._search.score(leaves)  # finished texts keep their reward, so nobody asks again
-        for leaf in leaves:
-            tree.promise[leaf] = tree.reward[leaf]
         unfinished = [node for node in nodes if not tree.terminal[node]]
         if not self._skill.none:
             self._scores.update(zip(unfinished, _usable(self._search.scores_so_far(unfinished)), strict=True))
-        for node in unfinished:
+        for node in nodes:
             score = self._scores.get(node, math.nan)
             tree.promise[node] = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
 
@@ -114,6 +111,7 @@ class Scored:
 
     def learn(self, leaf: int) -> None:
         tree, reward = self._search.tree, self._search.tree.reward[leaf]
+        tree.promise[leaf] = reward
         asked = [node for node in tree.path(leaf) if node in self._scores]
         path = [node for node in asked if not math.isnan(self._scores[node])]
         if asked and abs(reward) < USABLE:

@@ -17,7 +17,7 @@ from dts.errors import UsageError, shown
 USABLE = 1e100  # scores and rewards beyond it are no guide: their squares are no floats
 BINS = 8  # of the share of the text that is written, 0 to 1
 PRIOR_TEXTS = 6.0  # finished texts that the prior slope counts for
-LEAST_SPREAD = 1e-4  # variance of the scores below which they say nothing
+LEAST_SPREAD = 1e-3  # variance of the scores, in units of the rewards' variance, below which they say nothing
 
 
 class ValueModel(Protocol):
@@ -38,33 +38,35 @@ def check_value_model(model: object) -> None:
 
 
 class _Bin:
-    """Running moments of score and reward over finished texts; a text counts once however many of its beginnings are
-    in the bin."""
+    """Running means and central moments of score and reward over finished texts; a text counts once however many of
+    its beginnings are in the bin. Welford's updates: a spread far below the mean is not lost to rounding."""
 
-    __slots__ = ("reward", "score", "score_reward", "score_score", "texts")
+    __slots__ = ("reward", "reward_reward", "score", "score_reward", "score_score", "texts")
 
     def __init__(self) -> None:
-        self.texts = self.score = self.reward = self.score_score = self.score_reward = 0.0
+        self.texts = self.score = self.reward = 0.0  # number, means
+        self.score_score = self.score_reward = self.reward_reward = 0.0  # sums of products of deviations
 
     def add(self, scores: list[float], reward: float) -> None:
         weight = 1 / len(scores)
-        self.texts += 1
-        self.reward += reward
         for score in scores:
-            self.score += weight * score
-            self.score_score += weight * score * score
-            self.score_reward += weight * score * reward
+            self.texts += weight
+            from_score, from_reward = score - self.score, reward - self.reward
+            self.score += weight / self.texts * from_score
+            self.reward += weight / self.texts * from_reward
+            self.score_score += weight * from_score * (score - self.score)
+            self.score_reward += weight * from_score * (reward - self.reward)
+            self.reward_reward += weight * from_reward * (reward - self.reward)
 
     def line(self, prior_slope: float) -> tuple[float, float]:
         """Intercept and slope of the reward on the score: ridge regression towards the prior slope."""
         if not self.texts:
             return 0.0, prior_slope
-        score, reward = self.score / self.texts, self.reward / self.texts
-        variance = max(self.score_score / self.texts - score * score, 0.0)
-        covariance = self.score_reward / self.texts - score * reward
-        prior = PRIOR_TEXTS * max(variance, LEAST_SPREAD)
-        slope = max((covariance * self.texts + prior_slope * prior) / (variance * self.texts + prior), 0.0)
-        return reward - slope * score, slope
+        prior = PRIOR_TEXTS * max(self.score_score, LEAST_SPREAD * self.reward_reward) / self.texts
+        weight, slope = self.score_score + prior, prior_slope
+        if weight > 0:
+            slope = max((self.score_reward + prior_slope * prior) / weight, 0.0)
+        return self.reward - slope * self.score, slope
 
 
 class OnlineValues:
