@@ -167,8 +167,12 @@ class TokenTree:
         self._session.close()
 
     def slots(self, tails: Sequence[Ids]) -> list[list[int]]:
-        """The slots of the root and of each token after it, for each of these sequences."""
-        return [path for part in _parts(tails, self.lanes) for path in self._grow(part)]
+        """The slots of the root and of each token after it, for each of these sequences. The longest are sent first:
+        others may be their beginnings."""
+        order = sorted(range(len(tails)), key=lambda index: -len(tails[index]))
+        parts = _parts([tails[index] for index in order], self.lanes)
+        paths = dict(zip(order, (path for part in parts for path in self._grow(part)), strict=True))
+        return [paths[index] for index in range(len(tails))]
 
     def _grow(self, tails: Sequence[Ids]) -> list[list[int]]:
         paths = [[PROMPT_SLOT] for _ in tails]
