@@ -20,8 +20,8 @@ Chain = tuple[int, Tokens]  # the slot that it follows, and its tokens
 
 
 def chains_of(starts: Sequence[int], rests: Sequence[Tokens]) -> list[Chain]:
-    """What can be sent first of these tokens, each after its slot: up to where tokens after the same slot part. One that
-    is the beginning of another parts from nothing."""
+    """What can be sent first of these tokens, each after its slot: up to where tokens after the same slot part. One
+    that is the beginning of another parts from nothing."""
     together: dict[tuple[int, int], list[Tokens]] = {}
     for slot, rest in zip(starts, rests, strict=True):
         if rest:
