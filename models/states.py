@@ -10,7 +10,6 @@ the few tokens from the nearest kept state again, and they are counted.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dts.memory import is_out_of_memory
-
-log = logging.getLogger(__name__)
+from dts.models.rows import Rows
 
 _OF_LAYERS = ("conv_states", "recurrent_states")  # where transformers' cache layers hold states
 _OF_MODULES = ("conv1d_state", "recurrent_states")  # where modules do that keep them themselves (RecurrentGemma)
 FIRST_ROWS = 16
+LACK = "no memory to keep more recurrent states: %d stay; paths that branch elsewhere send a few tokens again"
 
 Home = tuple[dict[Any, Any], Any]  # where a forward call finds and leaves a state [B, ...]: a dict and its key
 
@@ -116,13 +114,15 @@ class KeptStates:
 
     def __init__(self, like: Sequence[torch.Tensor], max_rows: int) -> None:
         """like: [?, ...] per tensor."""
-        self._columns = [state.new_zeros(0, *state.shape[1:]) for state in like]
-        self._max_rows = max_rows
+        self._rows = Rows([state.new_zeros(0, *state.shape[1:]) for state in like], FIRST_ROWS, max_rows, LACK)
         self._row: dict[int, int] = {}  # by slot
         self._depth: dict[int, int] = {}  # by slot
-        self._free: list[int] = []
         self._stride = 1
-        self.nbytes = 0  # held, unused rows included
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of unused rows included."""
+        return self._rows.nbytes
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._row
@@ -138,17 +138,17 @@ class KeptStates:
             wanted = self._wanted(slots, depths)
         if not wanted:
             return
-        rows = [self._free.pop() for _ in wanted]
+        rows = [self._rows.free.pop() for _ in wanted]
         for index, row in zip(wanted, rows, strict=True):
             self._row[slots[index]], self._depth[slots[index]] = row, depths[index]
-        for column, source in zip(self._columns, states.columns, strict=True):
+        for column, source in zip(self._rows.columns, states.columns, strict=True):
             to, taken = (torch.tensor(each, device=column.device) for each in (rows, [lanes[i] for i in wanted]))
             column[to] = source[taken]
 
     def read(self, slot: int) -> list[torch.Tensor]:
         """A kept state, [1, ...] per tensor."""
         row = self._row[slot]
-        return [column[row : row + 1] for column in self._columns]
+        return [column[row : row + 1] for column in self._rows.columns]
 
     def _wanted(self, slots: Sequence[int], depths: Sequence[int]) -> list[int]:
         """Indices of slots that are to be kept and are not."""
@@ -158,27 +158,9 @@ class KeptStates:
         """Give up every second depth of those that are kept."""
         self._stride *= 2
         for slot in [slot for slot, depth in self._depth.items() if depth % self._stride]:
-            self._free.append(self._row.pop(slot))
+            self._rows.free.append(self._row.pop(slot))
             del self._depth[slot]
 
     def _has_room(self, wanted: int) -> bool:
-        if wanted > len(self._free) and len(self._row) + wanted <= self._max_rows:
-            try:
-                self._grow(len(self._row) + wanted)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._max_rows = self._columns[-1].shape[0]  # columns grow in order: the last one has what all have
-                log.warning("no memory to keep more recurrent states: %d stay; paths that branch elsewhere send a few "
-                            "tokens again", self._max_rows)  # fmt: skip
-        return wanted <= len(self._free)
-
-    def _grow(self, rows: int) -> None:
-        held = self._columns[-1].shape[0]
-        rows = min(max(rows, 2 * held, FIRST_ROWS), self._max_rows)
-        for index, old in enumerate(self._columns):
-            grown = old.new_zeros(rows, *old.shape[1:])
-            grown[:held] = old
-            self._columns[index] = grown
-            self.nbytes += grown.nbytes - old.nbytes
-        self._free += range(held, rows)
+        self._rows.reserve(wanted)
+        return wanted <= len(self._rows.free)

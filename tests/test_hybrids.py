@@ -75,7 +75,7 @@ def test_a_search_with_memory_recomputes_nothing(one):
 def test_trees_branch_anywhere_whatever_is_kept(lm, copies):
     session = lm.open(PROMPT, batch_size=4, max_new_tokens=40)
     assert isinstance(session, TreeSession)
-    session.cache._kept._max_rows = copies
+    session.cache._kept._rows.limit = copies
     ids = grow(session, seed=1, steps=15, vocabulary=VOCAB)
     assert worst(lm.model, session, ids) < 1e-4
     usage = session.usage
