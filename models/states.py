@@ -2,14 +2,16 @@
 
 Keys and values of a path can be read up to any of its tokens. A recurrent state cannot: it is known after the token
 that went through the model last, and the next token changes it. So each lane has a state of its own, a prompt has the
-one after its last token, and a tree keeps copies at the slots where a path may branch. They are large, so under a
-bound every second one is given up, then every second one of the rest, and so on: a path that branches elsewhere sends
-the few tokens from the nearest kept state again, and they are counted.
+one after its last token, and a tree keeps copies at the slots where a path may branch. They are large. Under a bound,
+those near the prompt, where DTS branches most, stay; of the others every second one is given up, then every second one
+of the rest, and so on. A path that branches elsewhere sends the few tokens from the nearest kept state again, and they
+are counted.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,14 +112,15 @@ class LaneStates:
 
 
 class KeptStates:
-    """Copies of states by slot: of every slot while there is room, then of those at every second depth, and so on."""
+    """Copies of states by slot: of every slot while there is room, then of those at every second depth, and so on. The
+    first depths stay, as many as fit into a quarter of the rows."""
 
     def __init__(self, like: Sequence[torch.Tensor], max_rows: int) -> None:
         """like: [?, ...] per tensor."""
         self._rows = Rows([state.new_zeros(0, *state.shape[1:]) for state in like], FIRST_ROWS, max_rows, LACK)
         self._row: dict[int, int] = {}  # by slot
         self._depth: dict[int, int] = {}  # by slot
-        self._stride = 1
+        self._first, self._stride = sys.maxsize, 1  # kept: depths up to `_first`, and multiples of `_stride`
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +137,7 @@ class KeptStates:
         """Keep what ends in these lanes, at the depths that are kept at all."""
         wanted = self._wanted(slots, depths)
         while wanted and not self._has_room(len(wanted)):
-            self._thin()
+            self._thin([depths[index] for index in wanted])
             wanted = self._wanted(slots, depths)
         if not wanted:
             return
@@ -152,12 +155,16 @@ class KeptStates:
 
     def _wanted(self, slots: Sequence[int], depths: Sequence[int]) -> list[int]:
         """Indices of slots that are to be kept and are not."""
-        return [i for i, slot in enumerate(slots) if depths[i] % self._stride == 0 and slot not in self._row]
+        return [i for i, slot in enumerate(slots) if self._keeps(depths[i]) and slot not in self._row]
 
-    def _thin(self) -> None:
-        """Give up every second depth of those that are kept."""
-        self._stride *= 2
-        for slot in [slot for slot, depth in self._depth.items() if depth % self._stride]:
+    def _keeps(self, depth: int) -> bool:
+        return depth <= self._first or depth % self._stride == 0
+
+    def _thin(self, wanted: Sequence[int]) -> None:
+        """Give up every second depth of those that are kept. wanted: depths of the slots that need room."""
+        too_deep = sorted([*self._depth.values(), *wanted])[self._rows.held // 4]  # not all of this depth fit
+        self._first, self._stride = min(self._first, too_deep - 1), 2 * self._stride
+        for slot in [slot for slot, depth in self._depth.items() if not self._keeps(depth)]:
             self._rows.free.append(self._row.pop(slot))
             del self._depth[slot]
 

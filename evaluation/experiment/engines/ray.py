@@ -237,9 +237,10 @@ class _Crew:
             logger.warning("no worker has started yet: the cluster has no room for one with %g CPUs and %d GPUs",
                            *self._share)  # fmt: skip
         ready = ready or ray.wait(list(self._busy))[0]
-        seat = self._busy.pop(ready[0])
+        promise: Any = ready[0]
+        seat = self._busy.pop(promise)
         try:
-            result = ray.get(next(ready[0]) if seat.jobs else ready[0])
+            result = ray.get(next(promise) if seat.jobs else promise)
         except (RayActorError, ObjectLostError) as error:
             return seat, error
         if isinstance(result, DTSError):
@@ -247,7 +248,7 @@ class _Crew:
         if result is not None:
             seat.jobs.remove(result.job)
         if seat.jobs:
-            self._busy[ready[0]] = seat  # last, so that the others are heard too
+            self._busy[promise] = seat  # last, so that the others are heard too
         else:
             self._idle.append(seat)
         return seat, result
