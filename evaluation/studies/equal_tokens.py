@@ -167,12 +167,12 @@ def _searches(
 
     def requests() -> Iterator[dts.Request]:
         for place, index in enumerate(group.indices):
+            clock.start(place)
             seed = sample_seed(group.seed, index) + (0 if name == REFERENCE else 1)
             example = task.examples[index]
             yield dts.Request(
                 example.prompt, rewards[place], seed, limits[place], f"{group.dataset} {example.id} {name}"
             )
-            clock.start(place)  # the next one is asked for once this one was let in
 
     for place, result in dts.decode_many(
         lm, requests(), method=method, batch_size=width * len(rewards), width=width, max_new_tokens=study.max_tokens,
