@@ -190,7 +190,7 @@ def do_prompts(folder: Path, count: int) -> None:
             finish(outcome)
             finished += 1
             if finished in (100, 500, 1000):
-                emit("rss", prompts=finished, mb=rss())
+                emit("rss", prompts=finished, mb=rss(), cpu_s=time.process_time())
 
         recorder.finish = watched
         run_jobs(plan, jobs, backend, recorder)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 
-from dts.memory import is_out_of_memory
-
-log = logging.getLogger(__name__)
+from dts.models.rows import Rows
 
 FIRST_ROWS = 256
+LACK = "no memory to keep more idle branches: %d tokens stay, others are recomputed if a path comes back to them"
 
 
 class Archive:
@@ -24,11 +22,14 @@ class Archive:
 
     def __init__(self, like: Sequence[torch.Tensor], max_rows: int | None) -> None:
         """`like`: one tensor [heads, ?, dim] per layer and kind. max_rows: None for no limit."""
-        self._columns = [tensor.new_zeros(0, tensor.shape[0], tensor.shape[2]) for tensor in like]
-        self._max_rows = max_rows
-        self.nbytes = 0  # held, unused rows included
+        columns = [tensor.new_zeros(0, tensor.shape[0], tensor.shape[2]) for tensor in like]
+        self._rows = Rows(columns, FIRST_ROWS, max_rows, LACK)
         self._row: OrderedDict[int, int] = OrderedDict()  # slot -> row, least recently used first
-        self._free: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of unused rows included."""
+        return self._rows.nbytes
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._row
@@ -46,7 +47,7 @@ class Archive:
         for slot, row in zip(path[held : held + len(rows)], rows, strict=True):
             self._row[slot] = row
         self._use(path)
-        for column, tensor in zip(self._columns, lanes, strict=True):
+        for column, tensor in zip(self._rows.columns, lanes, strict=True):
             index = torch.tensor(rows, device=column.device)
             column[index] = tensor[lane, :, held : held + len(rows)].transpose(0, 1)
 
@@ -54,7 +55,7 @@ class Archive:
         """A held path, [heads, len(path), dim] per column."""
         self._use(path)
         rows = [self._row[slot] for slot in path]
-        return [column[torch.tensor(rows, device=column.device)].transpose(0, 1) for column in self._columns]
+        return [column[torch.tensor(rows, device=column.device)].transpose(0, 1) for column in self._rows.columns]
 
     def _use(self, path: Sequence[int]) -> None:
         for slot in reversed(path):
@@ -63,28 +64,10 @@ class Archive:
 
     def _take(self, wanted: int, keep: int) -> list[int]:
         """Up to `wanted` free rows; the `keep` most recently used slots stay."""
-        if len(self._free) < wanted:
-            try:
-                self._grow(len(self._row) + wanted)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._max_rows = self._columns[-1].shape[0]  # columns grow in order: the last one has what all have
-                log.warning("no memory to keep more idle branches: %d tokens stay, others are recomputed if a path "
-                            "comes back to them", self._max_rows)  # fmt: skip
-        while len(self._free) < wanted and len(self._row) > keep:
-            self._free.append(self._row.popitem(last=False)[1])
-        rows, self._free = self._free[:wanted], self._free[wanted:]
+        free = self._rows.free
+        self._rows.reserve(wanted)
+        while len(free) < wanted and len(self._row) > keep:
+            free.append(self._row.popitem(last=False)[1])
+        rows = free[:wanted]
+        del free[:wanted]
         return rows
-
-    def _grow(self, rows: int) -> None:
-        held = self._columns[-1].shape[0]
-        rows = max(rows, 2 * held, FIRST_ROWS)
-        rows = rows if self._max_rows is None else min(rows, self._max_rows)
-        if rows > held:
-            for index, old in enumerate(self._columns):
-                grown = old.new_zeros(rows, *old.shape[1:])
-                grown[:held] = old[:held]
-                self._columns[index] = grown
-                self.nbytes += grown.nbytes - old.nbytes
-            self._free += range(held, rows)

@@ -175,16 +175,16 @@ class RecomputeSession:
 class Prefill:
     """A prompt on its way through the model, in pieces, after what earlier prompts share with it."""
 
-    def __init__(self, view: ModelView, token_ids: Sequence[int], device: torch.device, behind: Segment | None = None):
-        """token_ids: the whole prompt. behind: the end of what went through the model already."""
+    def __init__(self, view: ModelView, token_ids: Sequence[int], device: torch.device, leaf: Segment | None = None):
+        """token_ids: the whole prompt. leaf: the last segment of its beginning that went through the model already."""
         self._view, self._ids, self._device = view, tuple(token_ids), device
-        self._first = self._next = behind.stop if behind else 0
+        self._first = self._next = leaf.stop if leaf else 0
         self._hidden: list[torch.Tensor] = []
         self._cache = view.cache()
-        state = behind.held.state if behind else None
+        state = leaf.held.state if leaf else None
         if state is not None:
             self._cache.layers = settled(state.layers)
-        for index, layer in enumerate(zip(*map(_layers, behind.chain()), strict=True) if behind else ()):
+        for index, layer in enumerate(zip(*map(_layers, leaf.chain()), strict=True) if leaf else ()):
             keys, values = (torch.cat(parts, dim=1)[None] for parts in zip(*layer, strict=True))
             if keys.shape[1]:  # the layer has keys
                 self._cache.update(keys, values, index)

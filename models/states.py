@@ -2,15 +2,16 @@
 
 Keys and values of a path can be read up to any of its tokens. A recurrent state cannot: it is known after the token
 that went through the model last, and the next token changes it. So each lane has a state of its own, a prompt has the
-one after its last token, and a tree keeps copies at the slots where a path may branch. They are large, so under a
-bound every second one is given up, then every second one of the rest, and so on: a path that branches elsewhere sends
-the few tokens from the nearest kept state again, and they are counted.
+one after its last token, and a tree keeps copies at the slots where a path may branch. They are large. Under a bound,
+those near the prompt, where DTS branches most, stay; of the others every second one is given up, then every second one
+of the rest, and so on. A path that branches elsewhere sends the few tokens from the nearest kept state again, and they
+are counted.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dts.memory import is_out_of_memory
-
-log = logging.getLogger(__name__)
+from dts.models.rows import Rows
 
 _OF_LAYERS = ("conv_states", "recurrent_states")  # where transformers' cache layers hold states
 _OF_MODULES = ("conv1d_state", "recurrent_states")  # where modules do that keep them themselves (RecurrentGemma)
 FIRST_ROWS = 16
+LACK = "no memory to keep more recurrent states: %d stay; paths that branch elsewhere send a few tokens again"
 
 Home = tuple[dict[Any, Any], Any]  # where a forward call finds and leaves a state [B, ...]: a dict and its key
 
@@ -112,17 +112,20 @@ class LaneStates:
 
 
 class KeptStates:
-    """Copies of states by slot: of every slot while there is room, then of those at every second depth, and so on."""
+    """Copies of states by slot: of every slot while there is room, then of those at every second depth, and so on. The
+    first depths stay, as many as fit into a quarter of the rows."""
 
     def __init__(self, like: Sequence[torch.Tensor], max_rows: int) -> None:
         """like: [?, ...] per tensor."""
-        self._columns = [state.new_zeros(0, *state.shape[1:]) for state in like]
-        self._max_rows = max_rows
+        self._rows = Rows([state.new_zeros(0, *state.shape[1:]) for state in like], FIRST_ROWS, max_rows, LACK)
         self._row: dict[int, int] = {}  # by slot
         self._depth: dict[int, int] = {}  # by slot
-        self._free: list[int] = []
-        self._stride = 1
-        self.nbytes = 0  # held, unused rows included
+        self._first, self._stride = sys.maxsize, 1  # kept: depths up to `_first`, and multiples of `_stride`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, those of unused rows included."""
+        return self._rows.nbytes
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._row
@@ -134,51 +137,37 @@ class KeptStates:
         """Keep what ends in these lanes, at the depths that are kept at all."""
         wanted = self._wanted(slots, depths)
         while wanted and not self._has_room(len(wanted)):
-            self._thin()
+            self._thin([depths[index] for index in wanted])
             wanted = self._wanted(slots, depths)
         if not wanted:
             return
-        rows = [self._free.pop() for _ in wanted]
+        rows = [self._rows.free.pop() for _ in wanted]
         for index, row in zip(wanted, rows, strict=True):
             self._row[slots[index]], self._depth[slots[index]] = row, depths[index]
-        for column, source in zip(self._columns, states.columns, strict=True):
+        for column, source in zip(self._rows.columns, states.columns, strict=True):
             to, taken = (torch.tensor(each, device=column.device) for each in (rows, [lanes[i] for i in wanted]))
             column[to] = source[taken]
 
     def read(self, slot: int) -> list[torch.Tensor]:
         """A kept state, [1, ...] per tensor."""
         row = self._row[slot]
-        return [column[row : row + 1] for column in self._columns]
+        return [column[row : row + 1] for column in self._rows.columns]
 
     def _wanted(self, slots: Sequence[int], depths: Sequence[int]) -> list[int]:
         """Indices of slots that are to be kept and are not."""
-        return [i for i, slot in enumerate(slots) if depths[i] % self._stride == 0 and slot not in self._row]
+        return [i for i, slot in enumerate(slots) if self._keeps(depths[i]) and slot not in self._row]
 
-    def _thin(self) -> None:
-        """Give up every second depth of those that are kept."""
-        self._stride *= 2
-        for slot in [slot for slot, depth in self._depth.items() if depth % self._stride]:
-            self._free.append(self._row.pop(slot))
+    def _keeps(self, depth: int) -> bool:
+        return depth <= self._first or depth % self._stride == 0
+
+    def _thin(self, wanted: Sequence[int]) -> None:
+        """Give up every second depth of those that are kept. wanted: depths of the slots that need room."""
+        too_deep = sorted([*self._depth.values(), *wanted])[self._rows.held // 4]  # not all of this depth fit
+        self._first, self._stride = min(self._first, too_deep - 1), 2 * self._stride
+        for slot in [slot for slot, depth in self._depth.items() if not self._keeps(depth)]:
+            self._rows.free.append(self._row.pop(slot))
             del self._depth[slot]
 
     def _has_room(self, wanted: int) -> bool:
-        if wanted > len(self._free) and len(self._row) + wanted <= self._max_rows:
-            try:
-                self._grow(len(self._row) + wanted)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._max_rows = self._columns[-1].shape[0]  # columns grow in order: the last one has what all have
-                log.warning("no memory to keep more recurrent states: %d stay; paths that branch elsewhere send a few "
-                            "tokens again", self._max_rows)  # fmt: skip
-        return wanted <= len(self._free)
-
-    def _grow(self, rows: int) -> None:
-        held = self._columns[-1].shape[0]
-        rows = min(max(rows, 2 * held, FIRST_ROWS), self._max_rows)
-        for index, old in enumerate(self._columns):
-            grown = old.new_zeros(rows, *old.shape[1:])
-            grown[:held] = old
-            self._columns[index] = grown
-            self.nbytes += grown.nbytes - old.nbytes
-        self._free += range(held, rows)
+        self._rows.reserve(wanted)
+        return wanted <= len(self._rows.free)

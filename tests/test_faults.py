@@ -34,7 +34,7 @@ from dts.evaluation.run_folder import RunFolder, read_jsonl, write_text
 from dts.evaluation.studies.exact import PROMPT as TABLE_PROMPT
 from dts.evaluation.studies.exact import instance
 from dts.memory import is_out_of_memory
-from dts.models import archive
+from dts.models import rows
 from dts.models.huggingface import HFModel
 from dts.models.table import TableModel, random_logits
 from dts.models.view import ModelView
@@ -360,7 +360,7 @@ def test_an_archive_that_cannot_grow_gives_branches_up(lm, monkeypatch, caplog):
         raise OUT_OF_MEMORY[0]
 
     expected = searched(lm, "maxent", 40, 4)
-    monkeypatch.setattr(archive.Archive, "_grow", grow)
+    monkeypatch.setattr(rows.Rows, "_grow", grow)
     INJECTED["device out of memory"] += 1
     found = searched(lm, "maxent", 40, 4)
     assert [c.token_ids for c in found.completions] == [c.token_ids for c in expected.completions]

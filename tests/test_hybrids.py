@@ -54,7 +54,7 @@ def worst(model, session, ids):
 
 @torch.no_grad()
 def test_a_search_with_few_copies_of_states_recomputes_few_tokens_and_its_logprobs_are_those_of_plain_calls(lm):
-    result = search(lm, max_kv_bytes=bound(lm, copies=128))
+    result = search(lm, max_kv_bytes=bound(lm, copies=64))
     usage = result.usage
     assert len(result.rollouts) == 64
     assert usage.forwarded_tokens == usage.unique_tokens + usage.recomputed_tokens
@@ -75,7 +75,7 @@ def test_a_search_with_memory_recomputes_nothing(one):
 def test_trees_branch_anywhere_whatever_is_kept(lm, copies):
     session = lm.open(PROMPT, batch_size=4, max_new_tokens=40)
     assert isinstance(session, TreeSession)
-    session.cache._kept._max_rows = copies
+    session.cache._kept._rows.limit = copies
     ids = grow(session, seed=1, steps=15, vocabulary=VOCAB)
     assert worst(lm.model, session, ids) < 1e-4
     usage = session.usage
@@ -129,9 +129,20 @@ def kept_depths(max_rows, depths):
     return found
 
 
-def test_states_are_kept_at_every_depth_until_there_is_no_room_and_then_at_every_second():
+def test_states_are_kept_at_every_depth_until_there_is_no_room_and_then_at_the_first_and_at_every_second():
     assert kept_depths(8, 8) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert kept_depths(8, 9) == [2, 4, 6, 8]
-    assert kept_depths(8, 17) == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert kept_depths(8, 18) == [4, 8, 12, 16]
+    assert kept_depths(8, 9) == [1, 2, 4, 6, 8]
+    assert kept_depths(8, 15) == [1, 2, 4, 6, 8, 10, 12, 14]
+    assert kept_depths(8, 16) == [1, 2, 4, 8, 12, 16]
     assert kept_depths(0, 5) == []
+
+
+@pytest.mark.parametrize("max_rows", [1, 4, 7])
+def test_first_depths_of_a_bush_take_a_quarter_of_the_rows_at_most(max_rows):
+    """Eight paths at once: more than there is room for at any depth."""
+    like = [torch.zeros(1, 2)]
+    lanes, kept = LaneStates(like, 8), KeptStates(like, max_rows)
+    for depth in range(1, 5):
+        kept.save([8 * depth + lane for lane in range(8)], [depth] * 8, list(range(8)), lanes)
+        kept.save([100 + depth], [depth], [0], lanes)
+        assert len(kept) <= max_rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -17,8 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from fakes import Calls, FakeTask, fake_backend, reward_failure
-from test_resume import BytesTask, contents, lines, no_pictures, tiny_backend
+from fakes import Calls, fake_backend, reward_failure
+from test_resume import lines, no_pictures
+from test_together import IdsTask, comparable, table_backend
 
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.cli import main
@@ -31,7 +32,7 @@ from dts.evaluation.records import Job
 from dts.evaluation.run_folder import RunFolder, read_jsonl
 from dts.evaluation.tasks.base import Example
 from dts.evaluation.tracking.wandb import WandbTracker
-from dts.rewards import Context, Finished, Reward, TerminalReward
+from dts.rewards import Reward
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for processes that import what is in this folder
@@ -60,19 +61,6 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def comparable(folder: Path) -> dict[str, Any]:
-    """The contents of a run folder without order of work, times and the choice of engine."""
-    found: dict[str, Any] = {}
-    for name, parts in contents(folder).items():
-        values = [json.loads(part) for part in parts]
-        for value in values:
-            if "config" in value:
-                for key in ("engine", "workers", "output_dir"):
-                    del value["config"][key]
-        found[name] = sorted(map(json.dumps, values))
-    return found
-
-
 def only_run(folder: Path) -> Path:
     (path,) = folder.glob("x_*")
     return path
@@ -80,61 +68,74 @@ def only_run(folder: Path) -> Path:
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-TINY = ["--models", "red", "teal", "--methods", "maxent", "greedy", "--seeds", "0", "7", "--num-samples", "3",
-        "--num-rollouts", "4", "--rollout-batch", "1", "--max-tokens", "12", "--no-wandb",
-        "--experiment-name", "x"]  # fmt: skip
+MANY = ["--models", "red", "teal", "--methods", "maxent", "greedy", "--seeds", "0", "7", "--num-samples", "6",
+        "--num-rollouts", "4", "--max-tokens", "5", "--no-wandb", "--experiment-name", "x"]  # fmt: skip
+IN_FLIGHT = 3
+UNFINISHED = 2 * (IN_FLIGHT + 1)  # searches on two workers: in flight, and one on each that waits to be let in
 
 
 @dataclass(frozen=True)
-class DeadlyTask(BytesTask):
-    """Once three jobs are recorded under `folder`, kills the process it is in, in the midst of a search; once."""
+class DeadlyTask(IdsTask):
+    """Once a worker has begun ten searches it kills itself in the midst of some, when the others are recorded; one
+    worker, and once. `folder` gets the process of each search that begins."""
 
     folder: Path = Path()
 
     def reward(self, example: Example) -> Reward:
-        plain = super().reward(example)
-        scored = 0
+        with (self.folder / "begun").open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        return IdsTask.reward(replace(self, fail=self._die), example)
 
-        def score(context: Context, finished: Sequence[Finished]) -> list[float]:
-            nonlocal scored
-            scored += len(finished)
-            recorded = sum(len(lines(path)) for path in self.folder.glob("x_*/samples.jsonl"))
-            if scored == 3 and recorded >= 3 and not (self.folder / "killed").exists():
-                (self.folder / "killed").write_text(str(os.getpid()))
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain.finish([plain.start(context)] * len(finished), finished)
+    def _die(self) -> None:
+        if self.begun().count(str(os.getpid())) < 10 or (self.folder / "killed").exists():
+            return
+        while self._recorded() < len(self.begun()) - UNFINISHED:
+            threading.Event().wait(0.01)
+        with contextlib.suppress(FileExistsError):
+            (self.folder / "killed").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return TerminalReward(score, "bytes")
+    def _recorded(self) -> int:
+        return sum(len(lines(path)) for path in self.folder.glob("x_*/samples.jsonl"))
+
+    def begun(self) -> list[str]:
+        return (self.folder / "begun").read_text().splitlines()
 
 
 @needs_ray
-def test_a_killed_worker_loses_nothing(cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert main([*TINY, "--output-dir", str(tmp_path / "local")], tiny_backend()) == 0
+def test_a_worker_killed_with_several_searches_in_flight_loses_nothing_that_is_finished(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model's numbers do not depend on neighbours, so the records are those of one job after another."""
+    arguments = [*MANY, "--prompts-at-once", "1", "--output-dir", str(tmp_path / "local")]
+    assert main(arguments, table_backend()) == 0
     whole = comparable(only_run(tmp_path / "local"))
 
-    folder = tmp_path / "ray"
-    backend = tiny_backend()
+    folder, jobs = tmp_path / "ray", 2 * 2 * 2 * 6
+    folder.mkdir()
     task = DeadlyTask(folder=folder)
-    deadly = replace(backend, load_task=fake_backend(task).load_task)
-    assert main([*TINY, "--engine", "ray", "--workers", "2", "--output-dir", str(folder)], deadly) == 0
+    arguments = [*MANY, "--prompts-at-once", str(IN_FLIGHT), "--engine", "ray", "--workers", "2"]
+    assert main([*arguments, "--output-dir", str(folder)], table_backend(task)) == 0
     assert (folder / "killed").exists() and caplog.text.count("a worker died") == 1
-    done = [Job.of(sample) for sample in read_jsonl(only_run(folder) / "samples.jsonl")]
-    assert len(done) == len(set(done)) == 2 * 2 * 2 * 3
+    assert (
+        2 <= len(task.begun()) - jobs <= IN_FLIGHT + 1
+    )  # in flight, and one that waits to be let in, begin again; no more
+    assert len(whole["samples.jsonl"]) == jobs
     assert comparable(only_run(folder)) == whole
 
 
-FAKE = ["--models", "red", "--methods", "maxent", "greedy", "--num-samples", "3", "--num-rollouts", "3", "--no-wandb",
-        "--experiment-name", "x"]  # fmt: skip
+FAKE = ["--models", "red", "--methods", "maxent", "greedy", "--num-samples", "3", "--num-rollouts", "3",
+        "--max-tokens", "5", "--prompts-at-once", "1", "--no-wandb", "--experiment-name", "x"]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class StrangeTask(FakeTask):
+class StrangeTask(IdsTask):
     """Calls `strange` before the second example is scored."""
 
     strange: Callable[[], Any] = lambda: None
 
     def reward(self, example: Example) -> Reward:
-        return FakeTask.reward(replace(self, fail=self.strange) if example.id == "ex-1" else self, example)
+        return IdsTask.reward(replace(self, fail=self.strange) if example.id == "ex-1" else self, example)
 
 
 def kill_myself() -> None:
@@ -148,24 +149,24 @@ def fail() -> None:
 @pytest.fixture
 def whole(tmp_path: Path) -> dict[str, Any]:
     """What the command `FAKE` gives in one process."""
-    assert main([*FAKE, "--output-dir", str(tmp_path / "whole")], fake_backend()) == 0
+    assert main([*FAKE, "--output-dir", str(tmp_path / "whole")], table_backend()) == 0
     return comparable(only_run(tmp_path / "whole"))
 
 
-def run_strange(strange: Callable[[], Any], folder: Path) -> int:
-    backend = fake_backend(StrangeTask(strange=strange))
-    return main([*FAKE, "--engine", "ray", "--workers", "1", "--output-dir", str(folder)], backend)
+def run_strange(strange: Callable[[], Any], folder: Path, *more: str) -> int:
+    backend = table_backend(StrangeTask(strange=strange))
+    return main([*FAKE, "--engine", "ray", "--workers", "1", "--output-dir", str(folder), *more], backend)
 
 
 @needs_ray
-def test_a_job_that_kills_three_workers_is_named_and_can_be_done_here(
+def test_a_job_that_kills_three_workers_is_found_among_its_neighbours_and_can_be_done_here(
     cluster: None, tmp_path: Path, whole: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_strange(kill_myself, tmp_path) == 1
+    assert run_strange(kill_myself, tmp_path, "--prompts-at-once", "3") == 1
     error = capfd.readouterr().err.splitlines()[-1]
     assert "3 workers died over the same job: red har 0 1 maxent" in error and "--resume" in error
-    assert len(read_jsonl(only_run(tmp_path) / "samples.jsonl")) == 2  # what came before it is kept
-    assert main(["--resume", str(only_run(tmp_path)), "--engine", "local"], fake_backend()) == 0
+    assert [r["sample"] for r in read_jsonl(only_run(tmp_path) / "samples.jsonl")] == [0]  # what came before it
+    assert main(["--resume", str(only_run(tmp_path)), "--engine", "local"], table_backend()) == 0
     assert comparable(only_run(tmp_path)) == whole
 
 
@@ -175,7 +176,7 @@ def test_a_reward_that_fails_on_a_worker_is_the_same_error_and_the_cluster_goes_
 ) -> None:
     assert run_strange(fail, tmp_path) == 1
     assert capfd.readouterr().err.splitlines()[-1] == f"error: {reward_failure()}"
-    assert main(["--resume", str(only_run(tmp_path))], fake_backend()) == 0  # with the folder's engine
+    assert main(["--resume", str(only_run(tmp_path))], table_backend()) == 0  # with the folder's engine
     assert comparable(only_run(tmp_path)) == whole
 
 
@@ -208,7 +209,7 @@ def test_ctrl_c_stops_the_workers_and_leaves_a_folder_to_resume(tmp_path: Path, 
     assert "Traceback" not in errors
     worker.wait(60)
     assert len(read_jsonl(only_run(tmp_path) / "samples.jsonl")) == 2
-    assert main(["--resume", str(only_run(tmp_path)), "--engine", "local"], fake_backend()) == 0
+    assert main(["--resume", str(only_run(tmp_path)), "--engine", "local"], table_backend()) == 0
     assert comparable(only_run(tmp_path)) == whole
 
 
@@ -295,20 +296,58 @@ def test_more_workers_than_gpus_are_refused() -> None:
         divide([{}], ExperimentConfig(), None, 20)
 
 
-@needs_ray
-def test_workers_keep_their_models() -> None:
+def queue_of(**config: Any) -> Any:
+    """The jobs of a run, as they wait for workers."""
     from dts.evaluation.experiment.engines.ray import _Queue
 
-    jobs = [Job(model, "har", 0, sample, "maxent") for model in ("red", "teal") for sample in range(4)]
-    queue = _Queue(jobs)
-    first, second = queue.take(None, {}), queue.take(None, {"red": 1})
-    assert (first.model, second.model) == ("red", "teal")  # two idle workers load one model each
-    reds = [queue.take("red", {"teal": 1}) for _ in range(3)]
-    assert [job.sample for job in [first, *reds]] == [0, 1, 2, 3]  # in the order of the plan
+    backend = table_backend()
+    plan = prepare(ExperimentConfig(methods=("maxent",), **config), backend)
+    return _Queue(plan, plan.jobs(), backend)
+
+
+@needs_ray
+def test_workers_keep_their_models() -> None:
+    queue = queue_of(models=("red", "teal"), num_samples=4, prompts_at_once=1)
+    first, second = queue.take(None, {}, 2, 2), queue.take(None, {"red": 1}, 1, 2)
+    assert (first[0].model, second[0].model) == ("red", "teal")  # two idle workers load one model each
+    reds = [queue.take("red", {"teal": 1}, 1, 2) for _ in range(3)]
+    assert [[job.sample for job in block] for block in [first, *reds]] == [[0], [1], [2], [3]]  # as in the plan
     queue.put_back(reds[1])
-    assert queue.take("red", {"teal": 1}) == reds[1]
-    assert queue.take("red", {"teal": 1}).model == "teal" and queue
-    assert [queue.take("teal", {}).sample for _ in range(2)] == [2, 3] and not queue
+    assert queue.take("red", {"teal": 1}, 1, 2) == reds[1]
+    assert queue.take("red", {"teal": 1}, 1, 2)[0].model == "teal" and queue
+    assert [queue.take("teal", {}, 1, 2)[0].sample for _ in range(2)] == [2, 3] and not queue
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("jobs", "idle", "expected"),
+    [
+        (40, [2, 1, 1, 1, 1], [20, 12, 4, 4]),  # two workers, batches of 4, in blocks of 32 at most
+        (6, [2, 1], [3, 3]),  # a part for each
+        (9, [1, 1], [4, 5]),  # no batch for the last one alone
+        (3, [1], [3]),
+    ],
+)
+def test_workers_get_full_batches_and_end_together(jobs: int, idle: list[int], expected: list[int]) -> None:
+    queue, found = queue_of(models=("red",), num_samples=jobs, prompts_at_once=4), []
+    for without_work in idle:
+        if queue:
+            found.append(queue.take("red", {}, without_work, 2))
+    assert [job.sample for block in found for job in block] == list(range(jobs))
+    assert [len(block) for block in found] == expected
+
+
+@needs_ray
+def test_jobs_that_were_under_way_when_a_worker_died_are_handed_out_one_by_one() -> None:
+    queue = queue_of(models=("red",), num_samples=8, prompts_at_once=3)
+    block = queue.take("red", {}, 1, 1)
+    assert len(block) == 8 and not queue
+    unfinished = block[1:]
+    assert queue.under_way(unfinished) == block[1:5]  # three in flight, and one that waits to be let in
+    queue.put_back(unfinished)
+    assert [len(queue.take("red", {}, 1, 1)) for _ in range(5)] == [1, 1, 1, 1, 3] and not queue
+    queue.put_back([])  # of a worker that died while it started
+    assert not queue and queue.under_way([]) == ()
 
 
 def test_wandb_runs_of_two_models_can_be_open_at_once(tmp_path: Path) -> None:

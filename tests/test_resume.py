@@ -414,6 +414,19 @@ def test_options_that_change_nothing_are_accepted(cut: Cut) -> None:
     assert contents(cut.folder) == cut.whole  # the tracker of a later process does not get into the records
 
 
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["--max-kv-bytes", "1MiB"], 2)])
+def test_the_number_of_prompts_at_once_may_change_unless_they_divide_a_bound_on_memory(
+    tmp_path: Path, more: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a search recomputes depends on the memory that it has."""
+    assert main([*SIZES, *more, "--prompts-at-once", "2", "--no-wandb", "--output-dir", str(tmp_path)],
+                fake_backend()) == 0  # fmt: skip
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert main(["--resume", str(folder), "--prompts-at-once", "3"], fake_backend()) == code
+    assert ("--prompts-at-once is 2 there and 3 here" in capsys.readouterr().err) == (code == 2)
+    assert main(["--resume", str(folder), "--prompts-at-once", "2"], fake_backend()) == 0
+
+
 def test_changed_models_and_data_are_refused(cut: Cut, capsys: pytest.CaptureFixture[str]) -> None:
     backend = fake_backend()
     moved = replace(backend, resolve=lambda name, file: replace(backend.resolve(name, file), source="elsewhere/fake"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 from fakes import Calls, FakeTask, fake_backend, raise_after
-from test_resume import contents, no_pictures, tiny_backend
+from test_resume import contents, lines, no_pictures, tiny_backend
 
 import dts
 from dts.evaluation.cli import main
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.config import ExperimentConfig
 from dts.evaluation.experiment.plan import prepare
-from dts.evaluation.experiment.together import ROUNDS, SharedClock, alone, at_once, blocks
+from dts.evaluation.experiment.together import ROUNDS, SharedClock, Together, alone, at_once, blocks
 from dts.evaluation.run_folder import read_jsonl
 from dts.evaluation.tasks.base import Example
 from dts.models.table import TableModel, random_logits
@@ -83,7 +84,7 @@ def comparable(folder: Path) -> dict[str, list[str]]:
         values = [json.loads(part) for part in parts]
         for value in values:
             if "config" in value:
-                for key in ("prompts_at_once", "output_dir"):
+                for key in ("engine", "workers", "prompts_at_once", "output_dir"):
                     del value["config"][key]
         found[name] = sorted(map(json.dumps, values))
     return found
@@ -138,6 +139,33 @@ def test_a_job_that_fails_leaves_those_under_way_to_finish_and_is_repeated_on_re
     assert re.search(r"error: red har \d+ 0 maxent: .*ZeroDivisionError: no", error)
     done = read_jsonl(folder / "samples.jsonl")
     assert 3 <= len(done) < 42
+    assert main(["--resume", str(folder), "--no-wandb", "--quiet"], table_backend()) == 0
+    assert comparable(folder) == whole
+
+
+@dataclass(frozen=True)
+class HalfTask(IdsTask):
+    """Cannot make the reward of one example."""
+
+    without: str = "ex-0"
+
+    def reward(self, example: Example) -> Reward:
+        if example.id == self.without:
+            raise KeyError("no reference")
+        return super().reward(example)
+
+
+@pytest.mark.parametrize("sample", [0, 5])
+@pytest.mark.parametrize("count", ["1", "4"])
+def test_a_reward_that_cannot_be_made_names_its_job_and_those_under_way_finish(
+    tmp_path: Path, whole: dict[str, list[str]], sample: int, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = table_backend(HalfTask(without=f"ex-{sample}"))
+    folder = run_folder(tmp_path, "--prompts-at-once", count, backend=backend, code=1)
+    message = f"red har 0 {sample} maxent: the reward of example 'ex-{sample}' cannot be made: KeyError: 'no reference'"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+    done = map(json.loads, lines(folder / "samples.jsonl"))
+    assert sorted(one["sample"] for one in done if one["method"] == "maxent") == list(range(sample))
     assert main(["--resume", str(folder), "--no-wandb", "--quiet"], table_backend()) == 0
     assert comparable(folder) == whole
 
@@ -213,6 +241,24 @@ def test_each_moment_is_divided_equally_among_the_searches_under_way() -> None:
     clock.start(1)  # at 4
     assert clock.stop(0) == 3 + 6 / 2  # at 10
     assert clock.stop(1) == 6 / 2 + 2  # at 12; together the 11 seconds since the first began
+
+
+def test_the_seconds_of_a_search_do_not_begin_while_it_waits_to_be_let_in() -> None:
+    """Six searches of equal length, two at once. Time is the number of the model's calls."""
+    calls = itertools.count()
+    table = random_logits(5, 3)
+    now = 0
+
+    def logits(ids: tuple[int, ...]) -> Any:
+        nonlocal now
+        now = next(calls) + 1
+        return table(ids)
+
+    backend, lm = table_backend(IdsTask()), TableModel(logits, 5)
+    plan = prepare(config(methods=("greedy",), num_samples=6, max_tokens=5, prompts_at_once=2), backend)
+    block = Together(lm, plan, plan.jobs(), backend, _clock=SharedClock(lambda: float(now)))
+    seconds = [outcome.sample["time"] for outcome in block]
+    assert seconds == [now / 6] * 6 and now >= 6 * 5
 
 
 def test_what_came_from_the_batch_counts_as_forwarded() -> None:

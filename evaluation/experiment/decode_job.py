@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from dts.errors import RewardError
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.plan import Plan
 from dts.evaluation.measures.metrics import branch_depth, expected_monotonicity, monotonicity, tokens_reused
@@ -76,9 +77,16 @@ class Described:
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Described:
+        """Raises `RewardError` with the name of the job where the task cannot make its reward."""
         task = plan.tasks[job.dataset]
         example = task.examples[job.sample]
-        reward = task.reward(example)
+        try:
+            reward = task.reward(example)
+        except Exception as error:
+            raise RewardError(
+                f"{' '.join(map(str, job))}: the reward of example {example.id!r} cannot be made: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         oracle = is_oracle(reward)
         head = cast("Head", {**job._asdict(), "id": example.id, **({"oracle": True} if oracle else {})})
         timeout = plan.config.reward_timeout

@@ -16,7 +16,7 @@ from dts.evaluation.records import Record
 
 logger = logging.getLogger(__name__)
 
-# May change from one process to the next: no record depends on it.
+# May change from one process to the next: no record depends on it. See `_is_free` for `prompts_at_once`.
 FREE = ("engine", "workers", "tracker", "wandb_mode", "reward_timeout", "prompts_at_once")
 
 
@@ -32,11 +32,17 @@ def stored_config(path: Path, given: Mapping[str, Any]) -> ExperimentConfig:
     different = [
         f"{option(name)} is {_shown(getattr(config, name))} there and {_shown(getattr(wanted, name))} here"
         for name in (f.name for f in fields(config))
-        if name not in FREE and getattr(config, name) != getattr(wanted, name)
+        if not _is_free(name, config) and getattr(config, name) != getattr(wanted, name)
     ]
     if different:
         raise UsageError(f"--resume {path} continues with its own settings, and {'; '.join(different)}: leave them out")
     return config
+
+
+def _is_free(name: str, config: ExperimentConfig) -> bool:
+    """Whether a setting may change. Searches in one batch divide a bound on memory, so what each recomputes depends on
+    how many they are."""
+    return name in FREE and (name != "prompts_at_once" or config.max_kv_bytes is None)
 
 
 def check_same(path: Path, plan: Plan) -> None:

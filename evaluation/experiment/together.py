@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dts.errors import RewardError, UsageError
 from dts.evaluation.experiment.backend import Backend
 from dts.evaluation.experiment.decode_job import Described, Outcome, decoding, rollout_record, sample_seed
 from dts.evaluation.experiment.plan import Plan
@@ -92,6 +93,11 @@ class SharedClock:
         del self._begun[key]
         return seconds
 
+    def drop(self, key: int) -> None:
+        """A search that failed; it may not have begun."""
+        self._advance()
+        self._begun.pop(key, None)
+
     def _advance(self) -> None:
         now = self._now()
         if self._begun:
@@ -125,12 +131,17 @@ class Together:
             self.lm, self._requests(), method=self.plan.methods[first.method], width=width, batch_size=width * count,
             as_completed=True, errors="return", on_rollout=self._take, **decoding(self.plan, first),
         )  # fmt: skip
-        for index, result in self._results:
-            if isinstance(result, Exception):
-                self._error = self._error or result
-                self._clock.stop(index)
-            else:
-                yield self._outcome(index, result)
+        try:
+            for index, result in self._results:
+                if isinstance(result, Exception):
+                    self._error = self._error or result
+                    self._searches.pop(index)
+                    self._clock.drop(index)
+                else:
+                    yield self._outcome(index, result)
+        except UsageError:  # what `decode_many` says of an error of `_requests`
+            if self._error is None:
+                raise
         if self._error is not None:
             raise self._error
 
@@ -144,13 +155,18 @@ class Together:
         for index, job in enumerate(self.jobs):
             if self._error is not None:
                 return
-            search = Described.of(self.plan, job)
+            try:
+                search = Described.of(self.plan, job)
+            except RewardError as error:
+                self._error = error
+                raise
             self._searches[index], self._rollouts[index] = search, []
-            self._clock.start(index)
             yield Request(
                 search.example.prompt, reward=search.reward, seed=sample_seed(job.seed, job.sample),
                 name=" ".join(map(str, job)),
             )  # fmt: skip
+            if index in self._searches:  # the next one is asked for once this one was let in, or has failed
+                self._clock.start(index)
 
     def _take(self, index: int, rollout: Rollout) -> None:
         seconds = self._clock.read(index)

@@ -1,7 +1,7 @@
-"""Does the jobs on a Ray cluster: one model replica per worker, one job at a time on each.
+"""Does the jobs on a Ray cluster: one model replica per worker, as many jobs in one batch as the local engine has.
 
-This process hands out jobs and records what comes back, so the run folder is written in one place and looks as if one
-process had done it. A job whose worker dies is handed out again.
+This process hands out blocks of jobs and records what comes back as soon as it comes, so the run folder is written in
+one place and looks as if one process had done it. What a worker that dies has not finished is handed out again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
@@ -25,6 +25,7 @@ from dts.evaluation.experiment.config import ExperimentConfig
 from dts.evaluation.experiment.decode_job import Outcome, run_job
 from dts.evaluation.experiment.plan import Plan
 from dts.evaluation.experiment.recorder import Recorder
+from dts.evaluation.experiment.together import Together, at_once, blocks, share_a_batch
 from dts.evaluation.records import Job
 
 logger = logging.getLogger(__name__)
@@ -138,12 +139,24 @@ class Worker:
     def ready(self) -> None:
         """Returns once the process is there."""
 
-    def do(self, job: Job) -> Outcome | DTSError:
-        """A reward or a model that fails is a value here, so that the driver can raise it as it is."""
+    def do(self, block: Sequence[Job]) -> Iterator[Outcome | DTSError]:
+        """The outcomes of a block's jobs as they finish. A reward or a model that fails is a value here, so that the
+        driver can raise it as it is."""
         try:
-            return run_job(self._load(job.model), self._plan, job, self._backend)
+            yield from self._outcomes(self._load(block[0].model), block)
         except DTSError as error:
-            return error
+            yield error
+
+    def _outcomes(self, lm: Any, block: Sequence[Job]) -> Iterator[Outcome]:
+        if not share_a_batch(lm, self._plan, block, self._backend):
+            yield from (run_job(lm, self._plan, job, self._backend) for job in block)
+            return
+        together = Together(lm, self._plan, block, self._backend)
+        try:
+            yield from together
+        except DTSError:
+            yield from together.left()[0]
+            raise
 
     def _load(self, name: str) -> Any:
         if self._model is None or self._model[0] != name:
@@ -158,17 +171,18 @@ class _Seat:
 
     actor: Any
     model: str | None = None  # that it holds
-    job: Job | None = None  # that it does; None while it starts or has nothing to do
+    jobs: list[Job] = field(default_factory=list)  # of its block, unfinished; none while it starts or is idle
 
 
 class _Crew:
-    """The workers, and which job each of them has."""
+    """The workers, and which jobs each of them has."""
 
     def __init__(self, plan: Plan, backend: Backend, share: Share) -> None:
         actor = ray.remote(Worker).options(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0)
+        self._plan, self._backend = plan, backend
         self._shared = ray.put(plan), ray.put(backend)
         self._actor, self._share = actor, share
-        self._busy: dict[Any, _Seat] = {}  # by the promise of what it is doing
+        self._busy: dict[Any, _Seat] = {}  # by the promise that it is ready, or by the stream of its outcomes
         self._idle: list[_Seat] = []
         self._deaths: collections.Counter[Job | None] = collections.Counter()
 
@@ -178,7 +192,7 @@ class _Crew:
 
     def work(self, jobs: Sequence[Job], count: int) -> Iterator[Outcome]:
         """The outcome of every job, as `count` workers finish them."""
-        queue, left = _Queue(jobs), len(jobs)
+        queue, left = _Queue(self._plan, jobs, self._backend), len(jobs)
         for _ in range(count):
             self._hire()
         while left:
@@ -186,18 +200,15 @@ class _Crew:
                 self._hand_out(self._idle.pop(), queue)
             seat, result = self._next()
             if isinstance(result, Exception):
-                self._bury(seat, result)
-                if seat.job is not None:
-                    queue.put_back(seat.job)
+                self._bury(seat, result, queue.under_way(seat.jobs))
+                queue.put_back(seat.jobs)
                 if not self._idle:
                     self._hire()
                 continue
-            seat.job = None
-            self._idle.append(seat)
             if result is None:
                 self._deaths.pop(None, None)  # workers do start
                 continue
-            if queue:
+            if not seat.jobs and queue:
                 self._hand_out(self._idle.pop(), queue)  # it works while the outcome is recorded
             left -= 1
             yield result
@@ -211,62 +222,99 @@ class _Crew:
         self._busy[actor.ready.remote()] = _Seat(actor)
 
     def _hand_out(self, seat: _Seat, queue: _Queue) -> None:
-        held = collections.Counter(other.model for other in self._busy.values())
-        seat.job = queue.take(seat.model, held)
-        seat.model = seat.job.model
-        self._busy[seat.actor.do.remote(seat.job)] = seat
+        others = self._busy.values()
+        held = collections.Counter(other.model for other in others)
+        without_work = 1 + len(self._idle) + sum(not other.jobs for other in others)
+        seat.jobs = queue.take(seat.model, held, without_work, 1 + self.size)
+        seat.model = seat.jobs[0].model
+        self._busy[seat.actor.do.options(num_returns="streaming").remote(list(seat.jobs))] = seat
 
     def _next(self) -> tuple[_Seat, Outcome | Exception | None]:
-        """The next worker to come back, and what with: the outcome of its job, None from one that has started, an
-        exception from one that died. What a job raised is raised here."""
-        finished, _ = ray.wait(list(self._busy), timeout=PATIENCE)
-        if not finished and all(seat.job is None for seat in self._busy.values()):
+        """What a worker has to say, and which: the outcome of a job, None where it has started, an exception where it
+        died. What a job raised is raised here."""
+        ready, _ = ray.wait(list(self._busy), timeout=PATIENCE)
+        if not ready and not any(seat.jobs for seat in self._busy.values()):
             logger.warning("no worker has started yet: the cluster has no room for one with %g CPUs and %d GPUs",
                            *self._share)  # fmt: skip
-        finished = finished or ray.wait(list(self._busy))[0]
-        seat = self._busy.pop(finished[0])
+        ready = ready or ray.wait(list(self._busy))[0]
+        promise: Any = ready[0]
+        seat = self._busy.pop(promise)
         try:
-            result = ray.get(finished[0])
+            result = ray.get(next(promise) if seat.jobs else promise)
         except (RayActorError, ObjectLostError) as error:
             return seat, error
         if isinstance(result, DTSError):
             raise result
+        if result is not None:
+            seat.jobs.remove(result.job)
+        if seat.jobs:
+            self._busy[promise] = seat  # last, so that the others are heard too
+        else:
+            self._idle.append(seat)
         return seat, result
 
-    def _bury(self, seat: _Seat, error: Exception) -> None:
+    def _bury(self, seat: _Seat, error: Exception, under_way: Sequence[Job]) -> None:
         """Makes sure that it is dead, and raises where it was one death too many."""
         ray.kill(seat.actor)
-        self._deaths[seat.job] += 1
-        what = " ".join(map(str, seat.job)) if seat.job else "starting, before any job"
-        if self._deaths[seat.job] >= MAX_DEATHS:
+        over: Sequence[Job | None] = under_way or [None]
+        self._deaths.update(over)
+        worst = max(over, key=self._deaths.__getitem__)
+        what = " ".join(map(str, worst)) if worst else "starting, before any job"
+        if self._deaths[worst] >= MAX_DEATHS:
             raise UnavailableError(
                 f"{MAX_DEATHS} workers died over the same job: {what} ({_first_line(error)}); look for memory on the "
                 "machines and for the same installation as here, then continue with --resume"
             )
-        logger.warning("a worker died (%s); another takes over", what)
+        logger.warning("a worker died (%s%s); another takes over", what,
+                       f" and {len(over) - 1} more" if len(over) > 1 else "")  # fmt: skip
 
 
 class _Queue:
-    """Jobs to hand out, those of one model together: changing a model costs a load."""
+    """Blocks of jobs to hand out, those of one model together: changing a model costs a load."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs: dict[str, collections.deque[Job]] = collections.defaultdict(collections.deque)
+    def __init__(self, plan: Plan, jobs: Sequence[Job], backend: Backend) -> None:
+        self._plan, self._backend = plan, backend
+        by_model: dict[str, list[Job]] = {}
         for job in jobs:
-            self._jobs[job.model].append(job)
+            by_model.setdefault(job.model, []).append(job)
+        self._blocks = {model: collections.deque(blocks(plan, own, backend)) for model, own in by_model.items()}
 
     def __bool__(self) -> bool:
-        return any(self._jobs.values())
+        return any(self._blocks.values())
 
-    def put_back(self, job: Job) -> None:
-        """To be the next of its model."""
-        self._jobs[job.model].appendleft(job)
+    def under_way(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """The unfinished jobs of a block that may have begun: jobs begin in order, and one waits for admission."""
+        return jobs[: at_once(self._plan, jobs[0], self._backend) + 1] if jobs else ()
 
-    def take(self, model: str | None, held: Mapping[str | None, int]) -> Job:
-        """The next job of `model`, or else of the model with most jobs per worker; `held` counts those at work."""
-        waiting = [name for name, own in self._jobs.items() if own]
-        if model not in waiting:
-            model = max(waiting, key=lambda name: len(self._jobs[name]) / (1 + held.get(name, 0)))
-        return self._jobs[str(model)].popleft()
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """To be the next of their model. Those that were under way are handed out one by one, so that each has all the
+        memory, and one that kills workers is found."""
+        if not jobs:
+            return
+        own, begun = self._blocks[jobs[0].model], self.under_way(jobs)
+        if len(begun) < len(jobs):
+            own.appendleft(list(jobs[len(begun) :]))
+        own.extendleft([job] for job in reversed(begun))
+
+    def take(self, model: str | None, held: Mapping[str | None, int], without_work: int, workers: int) -> list[Job]:
+        """The next jobs of `model`, or else of the model with most jobs per worker; `held` counts those at work.
+        without_work: workers that have no jobs, this one included."""
+        left = {name: sum(map(len, own)) for name, own in self._blocks.items() if own}
+        if model not in left:
+            model = max(left, key=lambda name: left[name] / (1 + held.get(name, 0)))
+        own = self._blocks[str(model)]
+        block = own.popleft()
+        size = self._size(block, left[str(model)], without_work, workers)
+        if size < len(block):
+            own.appendleft(block[size:])
+        return block[:size]
+
+    def _size(self, block: Sequence[Job], left: int, without_work: int, workers: int) -> int:
+        """How many jobs of a block to hand out: fewer towards the end, so that workers end together, but full batches
+        if there are enough for all. left: jobs of the model."""
+        batch = at_once(self._plan, block[0], self._backend)
+        size = min(max(batch, left // workers), math.ceil(left / without_work), len(block))
+        return len(block) if size >= batch > len(block) - size else size
 
 
 def _first_line(error: Exception) -> str:
