@@ -316,12 +316,12 @@ def group(lm: Any, name: str, method: str, reward: dts.Reward, options: argparse
     return rows
 
 
-def interval(logs: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean with a 95 % bootstrap interval over prompts."""
-    rng = np.random.default_rng(0)
-    means = logs[rng.integers(len(logs), size=(4000, len(logs)))].mean(-1)
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with a 95 % bootstrap interval over prompts."""
+    array, rng = np.array(values), np.random.default_rng(0)
+    means = array[rng.integers(len(array), size=(4000, len(array)))].mean(-1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return math.exp(logs.mean()), math.exp(low), math.exp(high)
+    return float(array.mean()), float(low), float(high)
 
 
 HEAD = (
@@ -335,14 +335,16 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     for key in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
         own = [r for r in rows if tuple(r[k] for k in KEY) == key]
-        mean, low, high = interval(np.log([r["ratio"] for r in own]))
+        mean, low, high = map(math.exp, interval([math.log(r["ratio"]) for r in own]))
+        nats, least, most = interval([r["nats"] for r in own])
         means = {k: float(np.mean([r[k] for r in own])) for k in
-                 ("gain", "nats", "nats_token", "distinct_2", "length", "reused")}  # fmt: skip
+                 ("gain", "nats_token", "distinct_2", "length", "reused")}  # fmt: skip
         quarters = np.sum([r["quarters"] for r in own], axis=0)
         lines.append(
             f"| {' | '.join(map(str, key))} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
             f"{min(r['ratio'] for r in own):.1f} | {sum(not r['reached'] for r in own)} of {len(own)} | "
-            f"{own[0]['seconds']:.1f} | {means['gain']:+.3f} | {means['nats']:+.1f} | {means['nats_token']:+.2f} | "
+            f"{own[0]['seconds']:.1f} | {means['gain']:+.3f} | "
+            f"{nats:+.1f} [{least:+.1f}, {most:+.1f}] | {means['nats_token']:+.2f} | "
             f"{means['distinct_2']:+.2f} | {means['length']:+.1f} | "
             f"{' '.join(f'{100 * q / max(quarters.sum(), 1):.0f}' for q in quarters)} | {means['reused']:.2f} |"
         )

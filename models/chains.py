@@ -20,18 +20,24 @@ Chain = tuple[int, Tokens]  # the slot that it follows, and its tokens
 
 
 def chains_of(starts: Sequence[int], rests: Sequence[Tokens]) -> list[Chain]:
-    """What can be sent first of these tokens, each after its slot: up to where tokens after the same slot part."""
+    """What can be sent first of these tokens, each after its slot: up to where tokens after the same slot part. One
+    that is the beginning of another parts from nothing."""
     together: dict[tuple[int, int], list[Tokens]] = {}
     for slot, rest in zip(starts, rests, strict=True):
         if rest:
             together.setdefault((slot, rest[0]), []).append(rest)
-    return [(slot, _common(min(group), max(group))) for (slot, _), group in together.items()]
+    return [(slot, _before_they_part(group)) for (slot, _), group in together.items()]
 
 
-def _common(one: Tokens, other: Tokens) -> Tokens:
-    """The longest common beginning; of the first and the last in order it is that of all between."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
+def _before_they_part(group: Sequence[Tokens]) -> Tokens:
+    longest = max(group, key=len)
+    shared = (_shared(longest, other) for other in group)
+    return longest[: min((n for n, other in zip(shared, group, strict=True) if n < len(other)), default=len(longest))]
+
+
+def _shared(one: Tokens, other: Tokens) -> int:
+    """Tokens of the longest common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from dts.models.forest import Forest, lone
 from dts.models.prefixes import Prefix, Segment
 from dts.models.rope import context_length, rope_limits
 from dts.models.selfcheck import check_ids, refuse_unless_causal, tolerance, tree_problem
-from dts.models.sessions import TreeSession, prefill, whole_logits
+from dts.models.sessions import TreeSession, prefill
 from dts.models.treecache import Place
 from dts.models.view import ModelView, core_of, entry_device
 
@@ -84,20 +84,21 @@ class Scorer:
 
     @cached_property
     def sends_chains(self) -> bool:
-        """Whether several tokens of a path may go in one call: where the outputs are those of plain calls."""
+        """Whether several tokens of a path may go in one call: where the outputs are those of one token at a time."""
         ids = check_ids(self._core.config, int(self._text_config.vocab_size), 12)
-        root, tails = ids[:3], [ids[3:9], [*ids[3:5], *ids[9:]], ids[10:], ids[3:10]]
+        tails = [ids[3:9], [*ids[3:5], *ids[9:]], ids[10:], ids[3:10]]
         try:
-            tree = TokenTree(self, root, lanes=2, room=8, max_kv_bytes=None, long_chains=True)
-            ends = [path[-1] for path in tree.slots(tails)]
-            tree_outputs = torch.cat(list(tree.outputs(ends))).float()
-            plain = [whole_logits(self.view(), [*root, *tail], self.device)[0, -1] for tail in tails]
+            chained, stepped = (self._ends(ids[:3], tails, long_chains) for long_chains in (True, False))
         except Exception as error:  # as in `tree_problem`
             if is_out_of_memory(error):
                 raise
             return False
-        direct = torch.stack(plain).float()
-        return bool((tree_outputs - direct).abs().max() <= tolerance(direct))
+        return bool((chained - stepped).abs().max() <= tolerance(stepped))
+
+    def _ends(self, root: Ids, tails: Sequence[Ids], long_chains: bool) -> torch.Tensor:
+        """Outputs at the ends of these sequences, by a tree of their own, [len(tails), V]."""
+        tree = TokenTree(self, root, lanes=2, room=8, max_kv_bytes=None, long_chains=long_chains)
+        return torch.cat(list(tree.outputs([path[-1] for path in tree.slots(tails)]))).float()
 
     def open(self, root: Ids, *, lanes: int, room: int, max_kv_bytes: int | None) -> TreeSession:
         """A session whose prompt is `root`, which may be empty, for paths of up to `room` tokens after it."""
@@ -166,8 +167,12 @@ class TokenTree:
         self._session.close()
 
     def slots(self, tails: Sequence[Ids]) -> list[list[int]]:
-        """The slots of the root and of each token after it, for each of these sequences."""
-        return [path for part in _parts(tails, self.lanes) for path in self._grow(part)]
+        """The slots of the root and of each token after it, for each of these sequences. The longest are sent first:
+        others may be their beginnings."""
+        order = sorted(range(len(tails)), key=lambda index: -len(tails[index]))
+        parts = _parts([tails[index] for index in order], self.lanes)
+        paths = dict(zip(order, (path for part in parts for path in self._grow(part)), strict=True))
+        return [paths[index] for index in range(len(tails))]
 
     def _grow(self, tails: Sequence[Ids]) -> list[list[int]]:
         paths = [[PROMPT_SLOT] for _ in tails]

@@ -187,6 +187,8 @@ def test_a_tree_lives_as_long_as_its_search():
 
 def test_chains_end_where_texts_part():
     assert chains_of([0, 0, 0, 0, 7, 3], ["abcd", "abx", "abcz", "q", "ab", ""]) == [(0, "ab"), (0, "q"), (7, "ab")]
+    assert chains_of([0, 0, 0, 0], ["a", "abcd", "abc", "abx"]) == [(0, "ab")]
+    assert chains_of([0, 0, 0], ["a", "abcd", "abc"]) == [(0, "abcd")]  # a beginning of another parts from nothing
 
 
 @pytest.mark.parametrize(
@@ -494,3 +496,25 @@ def test_token_ids_as_prompt_need_no_text_where_the_tokenizers_agree(tiny_lm):
     result = dts.decode(tiny_lm, [7, 8, 9], reward=reward, method=BestOfN(3), max_new_tokens=5)
     best = [token for token in result.best.token_ids if token]
     assert result.best.reward == pytest.approx(float(plain(model, [7, 8, 9, *best])[0]), abs=1e-4)
+
+
+def test_whole_ends_go_through_smollm2_in_one_call(smollm):
+    """Rounding differs from plain calls by more than between the two ways of the tree."""
+    assert Scorer(smollm.model).sends_chains
+
+
+def test_all_beginnings_of_a_finished_text_go_through_a_reward_model_in_one_call(tiny_lm):
+    """Without a look-ahead nothing needs a score before, and one call for a text is cheaper than one for a token."""
+    calls = []
+
+    class Counted(dts.ModelReward):
+        def finish(self, states, finished):
+            calls.append(len(finished))
+            return super().finish(states, finished)
+
+    reward = Counted(headed(), ByteTokenizer())
+    method = MaxEnt(6, reward_scale=4.0, search="best")
+    result = dts.decode(tiny_lm, PROMPT, reward=reward, method=method, max_new_tokens=12, batch_size=1)
+    found = len(result.rollouts)
+    assert found == 6 and len(calls) <= 2 * found  # its end, and its beginnings
+    assert sum(calls) == result.usage.reward_calls > 3 * found

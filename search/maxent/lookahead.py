@@ -7,6 +7,7 @@ reward itself, or a value model on the scores of unfinished texts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dts.errors import UsageError, shown
 from dts.foresight import Gain
 from dts.search.maxent.valuemodel import USABLE
 from dts.search.readings import Readings, top
+from dts.search.scoring import BudgetSpent
 
 if TYPE_CHECKING:
     from dts.search.maxent.valuemodel import ValueModel
@@ -67,19 +69,29 @@ class Earned:
 class Scored:
     """A value model on the reward's own score of the text so far.
 
-    The reward is not asked any more once its answers turn out to say nothing about the final reward.
+    The reward is not asked any more once its answers turn out to say nothing about the final reward. Where no next
+    tokens are tried, a score tells a path under way nothing: all beginnings of a text are then scored together once it
+    is finished, which a reward model does in one pass.
     """
 
-    def __init__(self, search: Search, model: ValueModel) -> None:
-        self._search, self._model, self._skill = search, model, Skill()
+    def __init__(self, search: Search, model: ValueModel, *, at_once: bool) -> None:
+        """at_once: whether each token is scored when it is drawn, and not when its text is finished."""
+        self._search, self._model, self._skill, self._at_once = search, model, Skill(), at_once
         self._scores: dict[int, float] = {}  # by node
 
     def value(self, nodes: Sequence[int]) -> None:
         """A finished text is scored where its rollout is recorded, and `learn` writes what it got."""
         tree = self._search.tree
-        unfinished = [node for node in nodes if not tree.terminal[node]]
+        if self._at_once:
+            self._ask([node for node in nodes if not tree.terminal[node]])
+        self._promise(nodes)
+
+    def _ask(self, nodes: Sequence[int]) -> None:
         if not self._skill.none:
-            self._scores.update(zip(unfinished, _usable(self._search.scores_so_far(unfinished)), strict=True))
+            self._scores.update(zip(nodes, _usable(self._search.scores_so_far(nodes)), strict=True))
+
+    def _promise(self, nodes: Sequence[int]) -> None:
+        tree = self._search.tree
         for node in nodes:
             score = self._scores.get(node, math.nan)
             tree.promise[node] = tree.promise[tree.parent[node]] if math.isnan(score) else self._predict(node, 0, score)
@@ -111,6 +123,11 @@ class Scored:
 
     def learn(self, leaf: int) -> None:
         tree, reward = self._search.tree, self._search.tree.reward[leaf]
+        if not self._at_once:
+            new = [node for node in tree.path(leaf)[:-1] if node not in self._scores]
+            with contextlib.suppress(BudgetSpent):  # the end of the run finds out
+                self._ask(new)
+            self._promise(new)
         tree.promise[leaf] = reward
         asked = [node for node in tree.path(leaf) if node in self._scores]
         path = [node for node in asked if not math.isnan(self._scores[node])]
@@ -120,7 +137,7 @@ class Scored:
             self._model.observe([(tree.depth[node] / self._longest, self._scores[node]) for node in path], reward)
 
     def on(self, fork: Search) -> Scored:
-        other = Scored(fork, self._model)
+        other = Scored(fork, self._model, at_once=self._at_once)
         other._skill = self._skill
         return other
 
@@ -154,11 +171,12 @@ class Skill:
         return self._high <= self._low or self._model_error > self._mean_error > 0
 
 
-def source_for(search: Search, model: ValueModel | None) -> Source | None:
-    """Who says what unfinished texts are worth: the reward where it is monotone, otherwise the value model if any."""
+def source_for(search: Search, model: ValueModel | None, tokens: int) -> Source | None:
+    """Who says what unfinished texts are worth: the reward where it is monotone, otherwise the value model if any.
+    tokens: how many are tried at each node."""
     if search.reward.monotone:
         return Earned(search)
-    return Scored(search, model) if model is not None else None
+    return Scored(search, model, at_once=tokens > 0) if model is not None else None
 
 
 class LookAhead:

@@ -108,7 +108,8 @@ class MaxEnt:
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
         model = None if search.reward.monotone else self._value_model(search)
-        ahead = LookAhead(search, source_for(search, model), self._lookahead(search.reward))
+        tokens = self._lookahead(search.reward)
+        ahead = LookAhead(search, source_for(search, model, tokens), tokens)
         explore, widening = self.exploring(), self._widening()
         if self.search == "sample":
             return Sampler(search, self.reward_scale, ahead, explore=explore, widening=widening)
