@@ -52,7 +52,7 @@ class Usage:
     seconds: float = 0.0
     kv_tokens: int = 0  # peak token positions in use after the prompt, in lanes and archive
     kv_bytes: int = 0  # peak bytes held for keys, values and hidden states, unused capacity included
-    reward_calls: int = 0  # texts that the reward scored, finished or not; a text that it had scored before is none
+    reward_calls: int = 0  # texts that the reward was asked about, finished or not; each once, unless a batch failed
     reward_tokens: int = 0  # token positions that entered the models of the reward (see `dts.Reward`)
     reward_seconds: float = 0.0  # in the reward, all its methods together
 

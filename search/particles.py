@@ -5,12 +5,18 @@ Particles are drawn from p token by token. A prefix s carries the twist exp(lamb
 has surely given so far; a particle's weight is the twist of its prefix, replaced by exp(lambda r) at its end.
 Resampling happens when the effective sample size of the weights is low, and divides each weight by the expected
 number of copies, so that the mean final weight is an unbiased estimate of Z = E_p exp(lambda r), whatever the twists.
+
+Copies are alike until they grow apart. Metropolis-Hastings moves after a resampling (resample-move; Gilks and Berzuini
+2001) draw the end of a particle anew from p, from one of its earlier steps on, each as likely. The new prefix s' takes
+the place of s with probability min(1, exp(lambda (g(s') - g(s)))): p is in the target and in the proposal and cancels.
+So p(s) exp(lambda g(s)) among the prefixes under way stays what the particles are weighted samples of, and one that
+ended before the others were there is refused. Weights, and the expectation of Z's estimate, stay as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +26,10 @@ from dts.logspace import draw, logsumexp
 from dts.results import Completion, Estimate, LogZ
 from dts.search.method import GeneratorRun, Run, Steps
 from dts.search.paths import Path
+from dts.search.readings import Reading
 from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, grow, worth
-from dts.settings import Budget, check_real
+from dts.settings import Budget, check_real, check_whole
 from dts.softvalue import log_factor
 from dts.tree import ROOT
 
@@ -38,7 +45,8 @@ class ParticleFilter:
     way falls below this. entropic: resample by tempered weights (entropic annealing of arXiv 2510.05825, with the
     weights corrected for it, so that Z stays unbiased). segment: None resamples at any token, by what the reward has
     earned; a number of tokens or a string resamples where such a segment ends, and there a reward that knows nothing
-    before the end is asked about the text so far.
+    before the end is asked about the text so far. moves: Metropolis-Hastings moves of each particle under way after
+    each resampling; what they forward is counted.
     """
 
     n: int
@@ -47,6 +55,7 @@ class ParticleFilter:
     ess_threshold: float = 0.5
     entropic: bool = False
     segment: Segment | None = None
+    moves: int = 0
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
@@ -54,6 +63,7 @@ class ParticleFilter:
         check_real("ess_threshold", self.ess_threshold, lambda x: 0 <= x <= 1, "a share from 0 to 1")
         if self.segment is not None:
             check_segment(self.segment)
+        check_whole("moves", self.moves, 0, allowed="a whole number >= 0")
 
     @property
     def name(self) -> str:
@@ -80,6 +90,7 @@ class _Particles:
         self._chance = search.rng(count)
         self._log_weight, self._log_twist = np.zeros(count), np.zeros(count)  # [n]
         self._live = np.arange(count)
+        self._steps = [[ROOT] for _ in range(count)]  # where each particle under way was after each of its steps
 
     def steps(self) -> Steps:
         search, records = self._search, Records(self._search)
@@ -90,8 +101,12 @@ class _Particles:
                 return True
             self._reweight()
             self._live = self._live[~ended]
+            for i in self._live:
+                self._steps[i].append(self._paths[i].node)
             if len(self._live) and _effective_share(self._log_weight[self._live]) < self._settings.ess_threshold:
                 self._resample()
+                for _ in range(self._settings.moves):
+                    yield from self._move()
         return False
 
     def _reweight(self) -> None:
@@ -110,8 +125,32 @@ class _Particles:
         picked, log_copies = systematic(log_scores, self._chance.random())
         self._log_weight[live] = (self._log_weight[live] - log_copies)[picked]
         self._log_twist[live] = self._log_twist[live][picked]
+        steps = [self._steps[i] for i in live]
         for i, source in zip(live, picked, strict=True):
-            self._paths[i].node = nodes[source]
+            self._paths[i].node, self._steps[i] = nodes[source], list(steps[source])
+
+    def _move(self) -> Iterator[Sequence[int] | Reading]:
+        """A Metropolis-Hastings move of each particle under way; all have made as many steps."""
+        search, live = self._search, self._live
+        count = len(self._steps[live[0]]) - 1
+        kept = self._chance.integers(count, size=len(live))  # steps that each keeps
+        steps = [self._steps[i][: k + 1] for i, k in zip(live, kept, strict=True)]
+        paths = [Path(self._paths[i].rng, own[-1]) for i, own in zip(live, steps, strict=True)]
+        for step in range(count):
+            moving = [row for row, path in enumerate(paths)
+                      if kept[row] <= step and not search.tree.terminal[path.node]]  # fmt: skip
+            yield from grow(search, None, [paths[row] for row in moving], self._settings.segment or 1)
+            for row in moving:
+                steps[row].append(paths[row].node)
+        if search.exhausted():
+            return  # some may be half way
+        whole = np.array([row for row, path in enumerate(paths) if not search.tree.terminal[path.node]], int)
+        log_new = np.array(self._log_twists([paths[row].node for row in whole]))
+        with np.errstate(divide="ignore"):
+            accepted = np.log(self._chance.random(len(whole))) < log_new - self._log_twist[live[whole]]
+        self._log_twist[live[whole[accepted]]] = log_new[accepted]
+        for row in whole[accepted]:
+            self._paths[live[row]].node, self._steps[live[row]] = paths[row].node, steps[row]
 
     def _log_twists(self, nodes: Sequence[int]) -> list[float]:
         """lambda times the reward at an end, times what is known at a prefix; 0 where nothing is."""

@@ -37,15 +37,17 @@ def evaluate(search: Search, nodes: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def grow(
-    search: Search, records: Records, paths: Sequence[Path], segment: Segment
+    search: Search, records: Records | None, paths: Sequence[Path], segment: Segment
 ) -> Iterator[Sequence[int] | Reading]:
-    """Move every path to the end of its next segment by draws from p. Paths that end are recorded as they do."""
+    """Move every path to the end of its next segment by draws from p. Paths that end are recorded as they do, where
+    there are records."""
     ends = {id(path): _segment_end(search, path.node, segment) for path in paths}
     moving = list(paths)
     while moving and not search.exhausted():
         yield from evaluate(search, [path.node for path in moving])
         yield from _one_token(search, moving)
-        records.add([path.node for path in moving if search.tree.terminal[path.node]])
+        if records is not None:
+            records.add([path.node for path in moving if search.tree.terminal[path.node]])
         moving = [
             path
             for path in moving

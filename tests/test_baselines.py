@@ -12,7 +12,12 @@ import torch
 import dts
 from dts.evaluation.studies.exact import PROMPT, instance, total_variation
 from dts.models.table import TableModel, random_logits
-from dts.search import MCTS, Beam, BestOfN, Budget, Greedy, ParticleFilter, Sampling, SelfConsistency
+from dts.rewards import Context
+from dts.search import MCTS, Beam, BestOfN, Budget, Greedy, ParticleFilter, Sampling, Search, SelfConsistency
+from dts.search.particles import _Particles
+from dts.search.readings import Reading, answer
+from dts.settings import Decoding
+from dts.tree import ROOT
 
 
 class PairReward:
@@ -157,6 +162,8 @@ FILTERS = {
     "entropic": {"ess_threshold": 0.9, "entropic": True},
     "never resample": {"ess_threshold": 0.0},
     "segments": {"segment": 2, "ess_threshold": 1.0},
+    "moves": {"ess_threshold": 1.0, "moves": 2},
+    "moves, entropic, segments": {"ess_threshold": 1.0, "moves": 1, "entropic": True, "segment": 2},
 }
 
 
@@ -191,12 +198,13 @@ def test_z_is_unbiased_where_a_gain_announces_another(entropic):
     assert error < 0.05 * z and abs(np.mean(estimates) - z) < 3.5 * error
 
 
-def test_text_rewards_at_segments_are_unbiased_too():
+@pytest.mark.parametrize("moves", [0, 2])
+def test_text_rewards_at_segments_are_unbiased_too(moves):
     case, scale = instance(1, vocab_size=3, horizon=4), 3.0
     z = math.exp(scale * case.value(scale))
     estimates = []
     for seed in range(300):
-        method = ParticleFilter(4, reward_scale=scale, segment="2 ", ess_threshold=1.0)
+        method = ParticleFilter(4, reward_scale=scale, segment="2 ", ess_threshold=1.0, moves=moves)
         result = dts.decode(case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=4, seed=seed)
         estimates.append(sum(math.exp(w) for w in result.log_weights.values()))
     error = np.std(estimates) / math.sqrt(len(estimates))
@@ -243,6 +251,71 @@ def test_resampling_pays_on_a_reward_that_is_earned_along_the_way():
     assert np.mean(errors["plain"]) < 0.45 and np.mean(errors["entropic"]) < 0.45
 
 
+def test_moves_leave_the_target_of_the_prefixes_under_way_as_it_is():
+    """Two tokens; uneven p; token 2 ends a text. Particles that are exact before a move are exact after it, and one
+    that begins at one prefix has after a move what the Metropolis-Hastings kernel says."""
+    lm = TableModel(lambda prefix: np.log([0.5, 0.3, 0.2]), 3, eos=2)
+    reward, scale = PairReward(3, 3, 5), 5.0
+    prefixes = [(a, b) for a in (0, 1) for b in (0, 1)]
+    p = {(a, b): (0.5, 0.3)[a] * (0.5, 0.3)[b] for a, b in prefixes}
+    g = {prefix: scale * reward.of(prefix) for prefix in prefixes}
+    kernel = np.zeros((4, 4))
+    for i, old in enumerate(prefixes):
+        for j, new in enumerate(prefixes):
+            if i != j:
+                drawn = p[new] / 2 + (p[new] / (0.5, 0.3)[new[0]] / 2 if new[0] == old[0] else 0.0)
+                kernel[i, j] = drawn * min(1.0, math.exp(g[new] - g[old]))
+        kernel[i, i] = 1 - kernel[i].sum()
+    target = np.array([p[prefix] * math.exp(g[prefix]) for prefix in prefixes])
+    assert target @ kernel == pytest.approx(target)  # the kernel written down here does leave it as it is
+    for row, old in enumerate(prefixes):
+        counts = Counter(moved_from(lm, reward, scale, old, 4000))
+        assert sum(counts.values()) == 4000
+        seen = np.array([counts[prefix] / 4000 for prefix in prefixes])
+        assert total_variation(seen, kernel[row]) < 0.03
+
+
+def moved_from(lm, reward, scale, prefix, count):
+    """Where particles that all stand at `prefix` are after one move."""
+    context = Context(PROMPT, PROMPT, lm.decode)
+    session = lm.open(PROMPT, batch_size=count, max_new_tokens=3)
+    search = Search(lm, session, context, reward, Decoding(max_new_tokens=3), Budget(), count)
+    particles = _Particles(search, ParticleFilter(count, reward_scale=scale, moves=1))
+    node, steps = ROOT, [ROOT]
+    for token in prefix:
+        (node,) = search.take([node], [token])
+        search.evaluate([node])
+        steps.append(node)
+    for path in particles._paths:
+        path.node = node
+    particles._steps = [list(steps) for _ in range(count)]
+    particles._log_twist[:] = scale * reward.of(prefix)
+    for wanted in particles._move():
+        answer([wanted]) if isinstance(wanted, Reading) else search.evaluate(wanted)
+    assert particles._log_twist == pytest.approx(
+        [scale * reward.of(search.tree.tokens(p.node)) for p in particles._paths]
+    )
+    assert all(s[-1] == p.node and len(s) == 3 for s, p in zip(particles._steps, particles._paths, strict=True))
+    return [search.tree.tokens(path.node) for path in particles._paths]
+
+
+def test_moves_make_copies_differ_and_their_tokens_are_counted():
+    """The sixth token decides: the few particles that have the right one are copied."""
+    lm, distinct, results = TableModel(lambda prefix: np.zeros(6), 6), {}, {}
+    reward = Ones(6, 12)
+    reward.table[:] = 0.0
+    reward.table[5, :, 1] = 1.0
+    for moves in (0, 3):
+        method = ParticleFilter(40, reward_scale=20.0, moves=moves)
+        results[moves] = result = dts.decode(lm, PROMPT, reward=reward, method=method, max_new_tokens=12, seed=0)
+        distinct[moves] = len({c.token_ids[:5] for c in result.completions})
+        assert all(c.token_ids[5] == 1 for c in result.completions) and len(result.rollouts) == 40
+        assert result.usage.forwarded_tokens == result.usage.unique_tokens
+        assert result.usage.generated_tokens == len(result.tree) - 1
+    assert distinct[0] <= 10 and distinct[3] > 2 * distinct[0]
+    assert results[3].usage.forwarded_tokens > results[0].usage.forwarded_tokens
+
+
 def test_draws_follow_the_weights():
     case = instance(1, vocab_size=3, horizon=3)
     method = ParticleFilter(20, reward_scale=2.0)
@@ -254,11 +327,12 @@ def test_draws_follow_the_weights():
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_particles_do_not_depend_on_the_batch(batch_size):
+@pytest.mark.parametrize("moves", [0, 1])
+def test_particles_do_not_depend_on_the_batch(batch_size, moves):
     case = instance(2)
 
     def run(**options):
-        method = ParticleFilter(24, reward_scale=5.0, ess_threshold=1.0)
+        method = ParticleFilter(24, reward_scale=5.0, ess_threshold=1.0, moves=moves)
         return dts.decode(case.lm, PROMPT, reward=PairReward(6, 5, 2), method=method, max_new_tokens=5, **options)
 
     assert run(batch_size=batch_size).completions == run().completions
@@ -340,6 +414,7 @@ def test_weighted_votes_count_rewards():
     lambda: Beam(4, length_penalty=math.inf), lambda: Beam(4, reward_weight=-1.0), lambda: Beam(4, branch=0),
     lambda: MCTS(0), lambda: MCTS(4, value="median"), lambda: MCTS(4, bonus=-1.0),
     lambda: ParticleFilter(0), lambda: ParticleFilter(4, ess_threshold=1.5), lambda: ParticleFilter(4, segment=True),
+    lambda: ParticleFilter(4, moves=-1), lambda: ParticleFilter(4, moves=1.5),
     lambda: ParticleFilter(4, reward_scale=-1.0), lambda: SelfConsistency(0),
 ])  # fmt: skip
 def test_bad_options_are_refused(make):
@@ -349,8 +424,8 @@ def test_bad_options_are_refused(make):
 
 @pytest.mark.parametrize("method", [
     Beam(40), Beam(40, reward_weight=2.0), Beam(40, segment=2), MCTS(40), MCTS(40, puct=False), ParticleFilter(40),
-    ParticleFilter(40, segment=2), SelfConsistency(40),
-], ids=lambda m: f"{m.name}-{getattr(m, 'segment', '')}")  # fmt: skip
+    ParticleFilter(40, segment=2), ParticleFilter(40, segment=2, ess_threshold=1.0, moves=2), SelfConsistency(40),
+], ids=lambda m: f"{m.name}-{getattr(m, 'segment', '')}-{getattr(m, 'moves', '')}")  # fmt: skip
 @pytest.mark.parametrize("budget", [Budget(tokens=20), Budget(rollouts=5), Budget(tokens=90, rollouts=3),
                                     Budget(seconds=1e-9)])  # fmt: skip
 def test_budgets_are_kept(method, budget):
@@ -362,7 +437,8 @@ def test_budgets_are_kept(method, budget):
 
 
 @pytest.mark.parametrize("method", [Beam(12), Beam(12, reward_weight=1.0, segment=2), Beam(12, groups=4), MCTS(40),
-                                    MCTS(40, puct=False), ParticleFilter(40)])  # fmt: skip
+                                    MCTS(40, puct=False), ParticleFilter(40),
+                                    ParticleFilter(40, segment=2, ess_threshold=1.0, moves=2)])  # fmt: skip
 @pytest.mark.parametrize("batch_size", [1, 5, None])
 def test_the_tree_stays_consistent(method, batch_size):
     """Children's log p and the mass outside them are the model's; each evaluated node was forwarded once."""

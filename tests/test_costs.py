@@ -55,8 +55,10 @@ METHOD = {name: make(12, 4.0) for name, make in METHODS.items()} | {
     "maxent-star": MaxEnt(12, search="best", values=None),
     "online": MaxEnt(12, values="online", lookahead=3), "online best": MaxEnt(12, search="best", values="online"),
     "beam of steps": Beam(8, reward_weight=2.0, segment=2), "particles by steps": ParticleFilter(12, segment=2),
+    "moved particles": ParticleFilter(12, segment=1, ess_threshold=1.0, moves=2),
 }  # fmt: skip
-UNFINISHED = ("online", "online best", "beam-guided", "beam of steps", "particles by steps")  # ask about such texts too
+# Those that ask about unfinished texts, too.
+UNFINISHED = ("online", "online best", "beam-guided", "beam of steps", "particles by steps", "moved particles")
 EVERY = pytest.mark.parametrize("method", METHOD.values(), ids=METHOD)
 
 

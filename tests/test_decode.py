@@ -38,6 +38,7 @@ ALL = [
     pytest.param(MCTS(24, puct=False), id="uct"),
     pytest.param(ParticleFilter(24, reward_scale=3.0), id="particle-filter"),
     pytest.param(ParticleFilter(24, reward_scale=3.0, segment=2, entropic=True), id="entropic-particle-filter"),
+    pytest.param(ParticleFilter(24, reward_scale=3.0, segment=2, ess_threshold=1.0, moves=1), id="particles-moved"),
     pytest.param(SelfConsistency(24), id="self-consistency"),
     pytest.param(SelfConsistency(24, weighted=True), id="weighted-best-of-n"),
     pytest.param(SelfConsistency(24, confidence="tail"), id="confidence-vote"),

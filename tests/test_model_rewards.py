@@ -76,22 +76,21 @@ def test_a_search_gets_the_plain_scores_and_sends_each_token_once(family, tiny_l
 
 
 def test_tokens_that_were_sent_before_an_error_are_counted(tiny_lm, monkeypatch):
-    reward = dts.ModelReward(headed(), tiny_lm.tokenizer)
-    asked(reward, TEXTS[:1])
-    before = reward.tokens
+    reward, other = (dts.ModelReward(headed(), tiny_lm.tokenizer) for _ in range(2))
+    texts = [Finished((), "a dog"), Finished((), "the dog barks")]
+    state = reward.start(Context(PROMPT, (), lambda ids: ""))
 
     def fails(self, slots):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(TokenTree, "outputs", fails)
-    state = reward.start(Context(PROMPT, (), lambda ids: ""))
-    with pytest.raises(RuntimeError, match="no"):
-        reward.finish([state] * 2, [Finished((), "a dog"), Finished((), "the dog barks")])
-    monkeypatch.undo()
-    counted = reward.tokens - before
-    assert counted > 0
-    reward.finish([state] * 2, [Finished((), "a dog"), Finished((), "the dog barks")])
-    assert reward.tokens - before == counted  # nothing is sent again
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenTree, "outputs", fails)
+        with pytest.raises(RuntimeError, match="no"):
+            reward.finish([state] * 2, texts)
+    asked(other, [text.text for text in texts])
+    assert reward.tokens == other.tokens > 0
+    reward.finish([state] * 2, texts)
+    assert reward.tokens == other.tokens  # nothing is sent again
 
 
 def test_unfinished_texts_are_scored_at_the_cost_of_their_new_tokens(tiny_lm):

@@ -120,7 +120,7 @@ def test_the_costs_of_the_reward_have_a_column(folder):
     row = dict(zip(header, next(row for row in rows if row[1] == "maxent"), strict=True))
     assert row["reward calls"] == f"{np.mean([r['reward_calls'] for r in own]):.0f}" != "0"
     assert row["reward s"] == f"{np.mean([r['reward_seconds'] for r in own]):.2f}"
-    assert all(0 < r["reward_calls"] <= len(r["rewards"]) and 0 < r["reward_seconds"] < r["seconds"] for r in own)
+    assert all(0 < r["reward_calls"] <= len(r["rewards"]) and r["reward_seconds"] > 0 for r in own)
     for r in own:
         del r["reward_calls"]  # a record of an older version
     assert study_report._mean_of(own, "reward_calls", ".0f") == "-"

@@ -5,6 +5,11 @@
 prints total variation to pi* and the error of log Z, for every method at the tokens that MaxEnt forwarded. Every
 method knows p(x) of what it has seen and continues with p where it has seen nothing, so that smoothed estimates are
 compared with smoothed ones. Rewards lie in [0, 1], stretched where pi* would be nearer to p than `--distance`.
+
+    python -m dts.evaluation.exact --scale 0 --power 2
+
+is power sampling: the target is p^2 exp(lambda r), here without a reward. Metropolis-Hastings draws at temperature
+1 / power, as in its paper; methods that know no power get its part of the target as a reward of the finished text.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import dts
+from dts.evaluation.studies.metropolis import MetropolisHastings
 from dts.evaluation.studies.plain_dts import PlainDTS
 from dts.models.table import TableModel, random_logits
 from dts.results import Result
@@ -28,6 +34,7 @@ from dts.softvalue import SoftValues
 from dts.tree import ROOT
 
 PROMPT = (1,)
+CHAINS = 16  # of Metropolis-Hastings, at most
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,20 @@ class Instance:
         log_z = float(np.logaddexp.reduce(weights))
         return np.exp(weights - log_z), log_z
 
+    def visited(self, result: Result, scale: float, power: float) -> np.ndarray:
+        """A chain's estimate of p^power exp(lambda r): seen sequences at their own weight; the rest is as p^power
+        and has the share of the time that the chain was at sequences that it was at only once (Good and Turing)."""
+        known = {c.token_ids: c.reward for c in result.completions}
+        seen = np.array([s in known for s in self.sequences])
+        logs = power * self.log_p + scale * np.array([known.get(s, 0.0) for s in self.sequences])
+        weights = np.exp(logs - logs.max())
+        least = min(result.shares.values())
+        once = sum(share for share in result.shares.values() if share < 1.5 * least)
+        inside, outside = np.where(seen, weights, 0.0), np.where(seen, 0.0, np.exp(power * self.log_p))
+        if outside.sum() == 0:
+            return inside / inside.sum()
+        return (1 - once) * inside / inside.sum() + once * outside / outside.sum()
+
     def with_known(self, result: Result, scale: float, log_z: float) -> np.ndarray:
         """Any estimate of Z turned into a distribution: seen sequences at their own weight, the rest of Z spread as p
         spreads it over what was not seen."""
@@ -148,10 +169,25 @@ def far_enough(case: Instance, scale: float, distance: float) -> Instance:
     return case
 
 
-def decode(case: Instance, method: Method, seed: int, budget: Budget | None = None) -> Result:
+def with_power(case: Instance, scale: float, power: float) -> tuple[Instance, float]:
+    """The target p^power exp(scale r) as p exp(scale' r'), for methods that know no power: the instance and scale'."""
+    if power == 1:
+        return case, scale
+    rewards = scale * case.rewards + (power - 1) * case.log_p
+    return dataclasses.replace(case, rewards=rewards / (scale or 1.0)), scale or 1.0
+
+
+def tempered(case: Instance, power: float) -> Instance:
+    """The instance whose p is the model's at temperature 1 / power."""
+    lm = dataclasses.replace(case.lm, table=lambda prefix: power * case.lm.table(prefix))
+    return dataclasses.replace(case, lm=lm, log_p=np.array([log_p for _, log_p in lm.sequences(case.horizon, PROMPT)]))
+
+
+def decode(case: Instance, method: Method, seed: int, budget: Budget | None = None, temperature: float = 1.0) -> Result:
     return dts.decode(
-        case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=case.horizon, seed=seed, budget=budget
-    )
+        case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=case.horizon, seed=seed, budget=budget,
+        temperature=temperature,
+    )  # fmt: skip
 
 
 def most_particles(case: Instance, tokens: int, scale: float, seed: int) -> Result:
@@ -166,8 +202,15 @@ def most_particles(case: Instance, tokens: int, scale: float, seed: int) -> Resu
     return decode(case, ParticleFilter(low, reward_scale=scale), seed)
 
 
-def distances(case: Instance, rollouts: int, scale: float, seed: int) -> dict[str, tuple[float, float, int]]:
+def distances(
+    case: Instance, rollouts: int, scale: float, seed: int, power: float = 1.0
+) -> dict[str, tuple[float, float, int]]:
     """Method to (total variation to pi*, error of log Z, forwarded tokens). MaxEnt's tokens are everybody's budget."""
+    chains = MetropolisHastings(
+        20 * rollouts, power=power, reward_scale=scale, chains=min(CHAINS, max(1, rollouts // 10))
+    )
+    plain_case, plain_scale = case, scale
+    case, scale = with_power(case, scale, power)
     target, log_z = case.target(scale), float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
     tree = decode(case, MaxEnt(rollouts, reward_scale=scale), seed)
     assert tree.values is not None
@@ -175,12 +218,18 @@ def distances(case: Instance, rollouts: int, scale: float, seed: int) -> dict[st
     plain = decode(case, PlainDTS(20 * rollouts, reward_scale=scale), seed, Budget(tokens=tokens))
     smc = most_particles(case, tokens, scale, seed)
     samples = decode(case, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
+    moved = decode(plain_case, chains, seed, Budget(tokens=tokens), 1 / power)
     estimates = {
         "maxent": (tree, case.distribution(tree.values), tree.log_z),
         "plain dts": (plain, case.with_known(plain, scale, plain.log_z), plain.log_z),
         "particle filter": (smc, case.with_known(smc, scale, smc.log_z), smc.log_z),
         "weighted samples": (samples, *case.weighted_samples(samples, scale)),
+        "metropolis-hastings": (moved, plain_case.visited(moved, plain_scale, power), math.nan),
     }
+    if power != 1:
+        cold = tempered(plain_case, power)
+        drawn = decode(cold, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
+        estimates["low temperature"] = drawn, cold.weighted_samples(drawn, plain_scale)[0], math.nan
     return {
         name: (total_variation(estimate, target), log_estimate - log_z, result.usage.forwarded_tokens)
         for name, (result, estimate, log_estimate) in estimates.items()
@@ -202,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m dts.evaluation.exact", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", type=float, default=4.0, help="lambda")
+    parser.add_argument("--power", type=float, default=1.0, help="alpha")
     parser.add_argument("--budgets", type=int, nargs="+", default=[50, 200, 500, 1000, 2000], help="MaxEnt rollouts")
     parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=8)
@@ -218,17 +268,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.instances, options.horizon, *options.budgets) < 1 or options.vocab_size < 2:
         parser.error("--instances, --horizon and --budgets must be 1 or more, --vocab-size 2 or more")
+    if not (options.scale >= 0 and options.power > 0) or (options.scale == 0 and options.power == 1):
+        parser.error("--scale must be 0 or more, --power above 0, and not 0 and 1 together: the target would be p")
+    if options.coverage and options.power != 1:
+        parser.error("--coverage knows no --power")
     cases = [
-        far_enough(
-            instance(seed, vocab_size=options.vocab_size, horizon=options.horizon,
-                     structured=not options.unstructured, spread=options.spread),
-            options.scale, options.distance,
-        )
+        instance(seed, vocab_size=options.vocab_size, horizon=options.horizon, structured=not options.unstructured,
+                 spread=options.spread)
         for seed in range(options.instances)
     ]  # fmt: skip
-    far = [total_variation(np.exp(case.log_p), case.target(options.scale)) for case in cases]
-    print(f"{len(cases)} instances of {len(cases[0].sequences)} sequences, lambda {options.scale:g}, rewards up to",
-          ", ".join(f"{case.rewards.max():.2f}" for case in cases))  # fmt: skip
+    if options.scale > 0:
+        cases = [far_enough(case, options.scale, options.distance) for case in cases]
+    targets = [with_power(case, options.scale, options.power) for case in cases]
+    far = [total_variation(np.exp(case.log_p), case.target(scale)) for case, scale in targets]
+    print(f"{len(cases)} instances of {len(cases[0].sequences)} sequences, power {options.power:g}, lambda "
+          f"{options.scale:g}, rewards up to", ", ".join(f"{case.rewards.max():.2f}" for case in cases))  # fmt: skip
     print("total variation of p to pi*:", ", ".join(f"{x:.2f}" for x in far))
     if options.coverage:
         print("rollouts  instance  intervals that hold log Z  mean width  rms error")
@@ -238,12 +292,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{rollouts:>8}  {seed:>8}  {held:>10} of {options.coverage:<12}  {width:>10.3f}  {rms:>9.4f}")
         return 0
     print(
-        f"{'rollouts':>8}  {'method':<17} {'total variation':>15} {'worst':>6} {'|error of log Z|':>16} {'tokens':>7}"
+        f"{'rollouts':>8}  {'method':<19} {'total variation':>15} {'worst':>6} {'|error of log Z|':>16} {'tokens':>7}"
     )
     for rollouts in options.budgets:
-        rows = [distances(case, rollouts, options.scale, seed) for seed, case in enumerate(cases)]
+        rows = [distances(case, rollouts, options.scale, seed, options.power) for seed, case in enumerate(cases)]
         for name in rows[0]:
             tv, error, tokens = (np.array([row[name][i] for row in rows]) for i in range(3))
             figures = f"{tv.mean():>15.4f} {tv.max():>6.3f} {np.abs(error).mean():>16.4f} {tokens.mean():>7.0f}"
-            print(f"{rollouts:>8}  {name:<17} {figures}", flush=True)
+            print(f"{rollouts:>8}  {name:<19} {figures}".replace(" nan", "   -"), flush=True)
     return 0
