@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from dts.models.table import TableModel
 from dts.softvalue import SoftValues
@@ -44,3 +46,57 @@ def finish(values: SoftValues, leaf: int) -> None:
     """Count a scored leaf and learn from it; a second time changes nothing."""
     if values.visits.close(leaf):
         values.learn(leaf)
+
+
+# -- constraints -------------------------------------------------------------------------------------------------------
+
+
+class OneOf:
+    """A constraint in plain Python: one of these token sequences. Its states are the tokens so far."""
+
+    def __init__(self, *sequences: tuple[int, ...]) -> None:
+        self._sequences = frozenset(sequences)
+        self._vocab = 0
+
+    def start(self, lm):
+        self._vocab = lm.vocab_size
+        return ()
+
+    def advance(self, states, tokens):
+        return [(*state, token) for state, token in zip(states, tokens, strict=True)]
+
+    def allowed(self, states):
+        rows = [[self._begins((*state, token)) for token in range(self._vocab)] for state in states]
+        return torch.tensor(rows, dtype=torch.bool)
+
+    def _begins(self, tokens):
+        return any(sequence[: len(tokens)] == tokens for sequence in self._sequences)
+
+    def accepts(self, states):
+        return [state in self._sequences for state in states]
+
+
+def fast_tokenizer(words: Sequence[bytes]):
+    """A fast tokenizer of transformers: token 0 is EOS, then these bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    spelled = ["<eos>", *(word.decode("latin-1").replace(" ", "Ġ") for word in words)]  # as byte-level BPE spells them
+    made = Tokenizer(models.BPE({word: token for token, word in enumerate(spelled)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+class Worded:
+    """A table model with such a tokenizer: constraints on text work on it, and every sequence can be enumerated."""
+
+    def __init__(self, model: TableModel, words: Sequence[bytes]) -> None:
+        assert model.vocab_size == len(words) + 1 and model.eos == 0
+        self.words, self.tokenizer = [b"", *words], fast_tokenizer(words)
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def decode(self, token_ids):
+        return b"".join(self.words[token] for token in token_ids).decode(errors="replace")
