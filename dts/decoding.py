@@ -13,6 +13,7 @@ from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import NO_REWARD, Context, Prompt, Reward, as_reward
 from dts.settings import Budget, Decoding, as_stops, check_callable, check_whole
+from dts.target import Target
 
 if TYPE_CHECKING:
     from dts.search import Method
@@ -32,6 +33,7 @@ def decode(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    require_eos: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
@@ -50,6 +52,8 @@ def decode(
     logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessor, or a list of
     them; part of p. A processor that keeps a state is copied for each path; a function or class without arguments is
     taken as a factory that makes one (see `dts.processors`).
+    require_eos: a completion that ended by neither EOS nor a stop string, because `max_new_tokens` cut it, is not in
+    the target, and ranks after those that are complete.
     chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}, and `tools`.
     max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
     comes back to them.
@@ -62,8 +66,9 @@ def decode(
     from dts.search import Search, run  # the one place where this layer looks up
 
     settings = Decoding(
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor
-    )
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor,
+        require_eos,
+    )  # fmt: skip
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
     scorer = as_scorer(reward)
@@ -74,7 +79,8 @@ def decode(
     limits = tightest(method.budget(), budget)
     with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
-        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
+        target = target_of(method)
+        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout, target), method)
 
 
 @contextlib.contextmanager
@@ -103,6 +109,12 @@ def check_arguments(
     check_budget("budget", budget)
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
+
+
+def target_of(method: Any) -> Target | None:
+    """What the method samples from, or looks for the best completion under; None for methods without a target."""
+    target = getattr(method, "target", None)
+    return target if isinstance(target, Target) else None
 
 
 def check_budget(name: str, budget: Any) -> None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, tightest
+from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, target_of, tightest
 from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import Batch, LanguageModel, Session
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import Context, Prompt, Reward
 from dts.settings import Budget, Decoding, as_stops, check_whole
+from dts.target import Target
 
 if TYPE_CHECKING:
     from dts.search import Method, Search
@@ -59,6 +60,7 @@ def decode_many(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    require_eos: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
@@ -88,13 +90,14 @@ def decode_many(
     """
     batch_size, width = _check_sizes(batch_size, width)
     settings = Decoding(
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor
-    )
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor,
+        require_eos,
+    )  # fmt: skip
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
     _check_choices(prompts, errors, total_budget)
     source = Source(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
-        chat_template_kwargs, on_rollout,
+        chat_template_kwargs, on_rollout, target_of(method),
     )  # fmt: skip
     engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
     bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
@@ -158,6 +161,7 @@ class Source:
     limits: Budget
     chat_template_kwargs: Mapping[str, Any] | None
     on_rollout: Callable[[int, Rollout], None] | None
+    target: Target | None
     taken: int = 0
     ended: bool = False
     failure: Exception | None = None  # of the prompts themselves; raised after the results of those that came
@@ -206,7 +210,7 @@ class Source:
 
         def begin(session: Session) -> Search:
             left = _after_shared(self.lm, limits, session, ids)
-            return Search(self.lm, session, context, scorer, settings, left, self.width, tell)
+            return Search(self.lm, session, context, scorer, settings, left, self.width, tell, self.target)
 
         return Task(index, ids, begin)
 

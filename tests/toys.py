@@ -42,6 +42,29 @@ def chain(*tokens):
     return TableModel(lambda prefix: rows[prefix[1:]], 4, eos=0)
 
 
+class Texts:
+    """A constraint: one of these token sequences, EOS left out. `far`: tokens are allowed whether or not they lead to
+    one, so that every wrong turn is a dead end."""
+
+    def __init__(self, members, vocab: int, *, far: bool = False) -> None:
+        self.members, self.vocab = {tuple(member) for member in members}, vocab
+        self._prefixes = {member[:i] for member in self.members for i in range(len(member) + 1)}
+        self._far = far
+
+    def start(self, lm):
+        return ()
+
+    def advance(self, states, tokens):
+        return [(*state, token) for state, token in zip(states, tokens, strict=True)]
+
+    def allowed(self, states):
+        rows = [[self._far or (*s, token) in self._prefixes for token in range(self.vocab)] for s in states]
+        return torch.tensor(rows, dtype=torch.bool)
+
+    def accepts(self, states):
+        return [state in self.members for state in states]
+
+
 def finish(values: SoftValues, leaf: int) -> None:
     """Count a scored leaf and learn from it; a second time changes nothing."""
     if values.visits.close(leaf):

@@ -44,6 +44,11 @@ class Note:
     branches: bool = False  # it is to leave the tree at the end of its way
 
 
+def conserves(search: Search) -> bool:
+    """Whether the weights of all that follows a prefix sum to 1."""
+    return search.target is None or search.target.conserves
+
+
 def options(values: SoftValues, node: int, children: Sequence[int], rest: bool, widen: bool) -> list[Option]:
     """The children, and with `rest` what is no child yet; unless `widen`, the rest is for paths that follow p."""
     tree = values.tree
@@ -104,10 +109,11 @@ class Sampler(Plain):
         super().__init__(search)
         self._ahead, self._explore, self._widening = ahead, explore, widening
         self._visits = Visits(search.tree)
-        self._values = SoftValues(search.tree, reward_scale, self._visits)
+        self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=conserves(search))
         self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
 
     def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        self._values.arrive(nodes)
         found = yield from self._ahead.gains(nodes)
         for node, gains in found.items():
             self._values.foresee(node, gains)
@@ -141,7 +147,15 @@ class Sampler(Plain):
 
     def learn(self, path: Path) -> None:
         self._ahead.learn(path.node)
-        self._partition.close(path.note.trace, path.node)
+        if self.search.belongs(path.node):
+            self._partition.close(path.note.trace, path.node)
+        else:
+            self._partition.give_up(path.note.trace)
+        if self._visits.close(path.node):
+            self._values.learn(path.node)
+
+    def lose(self, path: Path) -> None:
+        self._partition.give_up(path.note.trace)
         if self._visits.close(path.node):
             self._values.learn(path.node)
 
@@ -173,11 +187,14 @@ class Optimiser(Plain):
         self._ahead, self._explore, self._widening = ahead, explore, widening
         self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
-        self._values = SoftValues(search.tree, reward_scale, self._visits)
-        self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
+        known = conserves(search)
+        self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=known)
+        self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits, conserves=known)
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
     def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        self._guide.arrive(nodes)
+        self._values.arrive(nodes)
         found = yield from self._ahead.gains(nodes)
         for node, gains in found.items():
             self._guide.foresee(node, gains)
@@ -264,12 +281,21 @@ class Optimiser(Plain):
     def learn(self, path: Path) -> None:
         self._ahead.learn(path.node)
         reward = self._guide.tree.reward[path.node]
-        self._low, self._high = min(self._low, reward), max(self._high, reward)
-        if self._visits.close(path.node):
-            self._guide.learn(path.node)
-            self._values.learn(path.node)
-            if self._brancher:
-                self._brancher.learn(path.node, path.left_at or 0)
+        if self.search.belongs(path.node):
+            self._low, self._high = min(self._low, reward), max(self._high, reward)
+        if self._close(path.node) and self._brancher:
+            self._brancher.learn(path.node, path.left_at or 0)
+
+    def lose(self, path: Path) -> None:
+        self._close(path.node)
+
+    def _close(self, node: int) -> bool:
+        """Learn from what was finished at a node, once; False where it was known."""
+        if not self._visits.close(node):
+            return False
+        self._guide.learn(node)
+        self._values.learn(node)
+        return True
 
     def estimate(self) -> Estimate:
         """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them."""

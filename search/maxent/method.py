@@ -22,6 +22,7 @@ from dts.search.paths import rollouts
 from dts.search.sampling import check_size
 from dts.search.scoring import runs_a_model
 from dts.settings import Budget, check_real, check_whole
+from dts.target import Target
 
 if TYPE_CHECKING:
     from dts.rewards import Reward
@@ -52,6 +53,8 @@ class MaxEnt:
     branch: `DTS*` only, how a path finds the node where it leaves the tree. "values": it descends by the soft values.
     "improvement": the node is chosen by the expected improvement of the best reward for each new token
     (`dts.search.maxent.branching`). None: "values" for monotone rewards and with a bonus, else "improvement".
+    power: the target is p^power exp(lambda r): above 1 it sharpens the model, also without a reward (power sampling,
+    arXiv 2510.14901).
     """
 
     rollouts: int
@@ -64,10 +67,11 @@ class MaxEnt:
     lookahead: int | None = None
     values: Literal["auto", "online"] | ValueModel | None = "auto"
     branch: Literal["values", "improvement"] | None = None
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
-        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        _ = self.target  # checks reward_scale and power
         if self.search not in ("sample", "best"):
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
         if self.explore is not None:
@@ -83,6 +87,11 @@ class MaxEnt:
             check_value_model(self.values)
         if self.lookahead is not None:
             check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0, or None")
+
+    @property
+    def target(self) -> Target:
+        """Without what the settings of `decode` add to it."""
+        return Target(self.reward_scale, self.power)
 
     @property
     def name(self) -> str:

@@ -47,6 +47,7 @@ def _draw(search: Search, values: SoftValues, ahead: LookAhead, k: int, seed: in
         if active:
             nodes = list(dict.fromkeys(path.node for path in active))
             fork.evaluate(nodes)
+            fork.measure(nodes)
             alone(policy.arrived(nodes))
     return [fork.completion(path.node) for path in paths]
 

@@ -1,0 +1,72 @@
+"""Rows of weights: what a search reads instead of p where its target says so (`dts.target`).
+
+A row is w(a|s) = p(a|s)^power * 1[a is allowed after s]. It is not normalised: its sum, the mass that is left after s,
+is noted in the tree (`Tree.log_mass`), and draws are proportional to it.
+
+How a constraint gets in: `Members` keeps a state for each node of a tree. `weigh` asks it for the tokens that are
+allowed after the nodes whose p was computed, bool [nodes, V], and takes the others out. With the reading "condition"
+nothing else happens, and the target is p among the texts of the constraint; with "mask" each row of p is normalised
+again. `Search` asks `Members` whether a text that ends is one of the constraint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dts.lm import LanguageModel
+from dts.target import Language
+
+if TYPE_CHECKING:
+    from dts.search.readings import Readable
+
+
+class Members:
+    """Which paths of one tree are, or may become, texts of a constraint: a state for each node."""
+
+    def __init__(self, constraint: Language, lm: LanguageModel) -> None:
+        self._constraint, self._eos = constraint, sorted(lm.eos_ids)
+        self._states: list[Any] = [constraint.start(lm)]  # by node; EOS leaves the state as it is
+
+    def copy(self) -> Members:
+        """The same, for a tree that grows apart from here on."""
+        other = object.__new__(Members)
+        other._constraint, other._eos, other._states = self._constraint, self._eos, list(self._states)
+        return other
+
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
+        """New nodes of the tree, in order: these tokens after these nodes."""
+        moved = [(self._states[parent], token) for parent, token in zip(parents, tokens, strict=True)
+                 if token not in self._eos]  # fmt: skip
+        after = iter(self._constraint.advance([state for state, _ in moved], [token for _, token in moved]))
+        before = [self._states[parent] for parent in parents]
+        self._states += [state if token in self._eos else next(after)
+                         for state, token in zip(before, tokens, strict=True)]  # fmt: skip
+
+    def accepts(self, node: int) -> bool:
+        """Whether the text up to `node` is one of the constraint."""
+        return bool(self._constraint.accepts([self._states[node]])[0])
+
+    def allowed(self, nodes: Sequence[int], vocab_size: int) -> torch.Tensor:
+        """Tokens that may come after these nodes, bool [len(nodes), vocab_size]: EOS where the text may end."""
+        states = [self._states[node] for node in nodes]
+        found = self._constraint.allowed(states)[:, :vocab_size]
+        mask = torch.zeros(len(states), vocab_size, dtype=torch.bool)
+        mask[:, : found.shape[1]] = found
+        mask[:, self._eos] = torch.tensor(self._constraint.accepts(states), dtype=torch.bool)[:, None]
+        return mask
+
+
+def weigh(p: torch.Tensor, asked: Sequence[tuple[Readable, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of weights [B, V] from rows of p after these nodes of each search, and for the reading "mask" the log of the
+    p-mass that each row kept, [B]. All searches have equal settings."""
+    some, log_kept = asked[0][0], None
+    if some.members is not None:
+        masks = [search.members.allowed(nodes, p.shape[-1]) for search, nodes in asked if search.members is not None]
+        p = torch.where(torch.cat(masks).to(p.device), p, 0.0)
+        if some.masks:
+            kept = p.sum(-1, keepdim=True)
+            p, log_kept = torch.where(kept > 0, p / kept, p), torch.where(kept > 0, kept.log(), 0.0)[:, 0]
+    return (p if some.tree.power == 1 else p**some.tree.power), log_kept
