@@ -55,6 +55,7 @@ class Usage:
     reward_calls: int = 0  # texts that the reward scored, finished or not; a text that it had scored before is none
     reward_tokens: int = 0  # token positions that entered the models of the reward (see `dts.Reward`)
     reward_seconds: float = 0.0  # in the reward, all its methods together
+    constraint_seconds: float = 0.0  # in the constraint, masks included
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

@@ -15,8 +15,8 @@ from dts.errors import UsageError, shown
 from dts.processors import check_processor
 
 if TYPE_CHECKING:
+    from dts.constraints.constraint import Constraint
     from dts.results import Usage
-    from dts.target import Language
 
 TINY = 1e-200
 LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
@@ -89,10 +89,10 @@ class Decoding:
     # (ids so far [1, T], logits [1, V]) -> logits, as in `transformers`; see `dts.processors`. Applied before the rest
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
     require_eos: bool = False  # a completion that the length limit cut is not in the target, and ranks last
-    constraint: Language | None = None  # the set that completions have to belong to
+    constraint: Constraint | None = None  # the set that completions have to belong to
     # "condition": the target is p among the constraint's texts. "mask": each row of p is normalised over the tokens
     # that are allowed, which gives another distribution. None: "condition" where the method has a target, else "mask"
-    reading: str | None = None
+    constraint_mode: str | None = None
 
     def __post_init__(self) -> None:
         whole = "a whole number >= 1"
@@ -119,7 +119,8 @@ class Decoding:
         if self.logits_processor is not None:
             check_processor(self.logits_processor)
         _require(isinstance(self.require_eos, bool), "require_eos", self.require_eos, "True or False")
-        _require(self.reading in (None, "mask", "condition"), "reading", self.reading, "'condition', 'mask' or None")
+        _require(self.constraint_mode in (None, "condition", "mask"), "constraint_mode", self.constraint_mode,
+                 "'condition', 'mask' or None")  # fmt: skip
 
     def probabilities(
         self, logits: torch.Tensor, forbidden: tuple[Sequence[int], Sequence[int]] = ((), ())

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
-import torch
-
+from dts.constraints.constraint import Constraint
 from dts.settings import Decoding, check_real
 
 LARGEST_POWER = 32.0  # beyond it p^power of a token that counts may be too small for a float
-
-
-class Language(Protocol):
-    """A set L of completions, read token by token: a hard constraint. All methods but `start` are batched over paths.
-
-    EOS ends a completion and is no part of it: `advance` never sees it, and what `allowed` says of it does not count.
-    """
-
-    def start(self, lm: Any) -> Any:
-        """State of the empty completion."""
-
-    def advance(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Any]:
-        """States after one more token each."""
-
-    def allowed(self, states: Sequence[Any]) -> torch.Tensor:
-        """Tokens after which a path may still become a member, or more than these; bool [len(states), V]."""
-
-    def accepts(self, states: Sequence[Any]) -> list[bool]:
-        """Whether each path is a member as it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +25,7 @@ class Target:
     reward_scale: float = 4.0
     power: float = 1.0
     require_eos: bool = False
-    constraint: Language | None = None
+    constraint: Constraint | None = None
     masked: bool = False  # the constraint's mask was put on p token by token, with each row normalised
 
     def __post_init__(self) -> None:

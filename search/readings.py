@@ -225,7 +225,7 @@ def _softmax(missing: Sequence[tuple[Readable, Sequence[int]]]) -> None:
     some = missing[0][0]
     forbidden = early, sorted(some.lm.eos_ids)
     p = some.decoding.probabilities(logits[0] if len(logits) == 1 else torch.cat(logits), forbidden)
-    p, log_kept = weigh(p, missing) if some.weighs else (p, None)
+    p, log_kept = weigh(p, missing) if any(search.weighs for search, _ in missing) else (p, None)
     first = 0
     for search, nodes in missing:
         search.keep(nodes, p, first, log_kept)

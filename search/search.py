@@ -46,8 +46,8 @@ class Search:
         """target: of the method, if it has one."""
         self.lm, self.session, self.reward, self.decoding = lm, session, reward, decoding
         self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
-        self.members = Members(decoding.constraint, lm) if decoding.constraint is not None else None
-        self.masks = (decoding.reading or ("mask" if target is None else "condition")) == "mask"
+        self.members = Members(decoding.constraint, lm, session.usage) if decoding.constraint is not None else None
+        self.masks = (decoding.constraint_mode or ("mask" if target is None else "condition")) == "mask"
         self.target = None if target is None else target.among(decoding, masked=self.masks)
         power = target.power if target else 1.0
         self.weighs = power != 1 or self.members is not None  # rows are weights other than p

@@ -11,36 +11,49 @@ again. `Search` asks `Members` whether a text that ends is one of the constraint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
+from dts.constraints.constraint import Constraint
 from dts.lm import LanguageModel
-from dts.target import Language
-
-if TYPE_CHECKING:
-    from dts.search.readings import Readable
+from dts.results import Usage
+from dts.tree import Tree
 
 
 class Members:
-    """Which paths of one tree are, or may become, texts of a constraint: a state for each node."""
+    """Which paths of one tree are, or may become, texts of a constraint: a state for each node. Its seconds are counted
+    in `usage.constraint_seconds`."""
 
-    def __init__(self, constraint: Language, lm: LanguageModel) -> None:
-        self._constraint, self._eos = constraint, sorted(lm.eos_ids)
-        self._states: list[Any] = [constraint.start(lm)]  # by node; EOS leaves the state as it is
+    def __init__(self, constraint: Constraint, lm: LanguageModel, usage: Usage) -> None:
+        self._constraint, self._eos, self._usage = constraint, sorted(lm.eos_ids), usage
+        with self._timed():
+            self._states: list[Any] = [constraint.start(lm)]  # by node; EOS leaves the state as it is
 
     def copy(self) -> Members:
         """The same, for a tree that grows apart from here on."""
-        other = object.__new__(Members)
-        other._constraint, other._eos, other._states = self._constraint, self._eos, list(self._states)
+        other = copy.copy(self)
+        other._states = list(self._states)
         return other
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._usage.constraint_seconds += time.perf_counter() - began
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         """New nodes of the tree, in order: these tokens after these nodes."""
         moved = [(self._states[parent], token) for parent, token in zip(parents, tokens, strict=True)
                  if token not in self._eos]  # fmt: skip
-        after = iter(self._constraint.advance([state for state, _ in moved], [token for _, token in moved]))
+        with self._timed():
+            after = iter(self._constraint.advance([state for state, _ in moved], [token for _, token in moved]))
         before = [self._states[parent] for parent in parents]
         self._states += [state if token in self._eos else next(after)
                          for state, token in zip(before, tokens, strict=True)]  # fmt: skip
@@ -52,19 +65,29 @@ class Members:
     def allowed(self, nodes: Sequence[int], vocab_size: int) -> torch.Tensor:
         """Tokens that may come after these nodes, bool [len(nodes), vocab_size]: EOS where the text may end."""
         states = [self._states[node] for node in nodes]
-        found = self._constraint.allowed(states)[:, :vocab_size]
-        mask = torch.zeros(len(states), vocab_size, dtype=torch.bool)
-        mask[:, : found.shape[1]] = found
-        mask[:, self._eos] = torch.tensor(self._constraint.accepts(states), dtype=torch.bool)[:, None]
+        with self._timed():
+            found = self._constraint.allowed(states)[:, :vocab_size]
+            mask = torch.zeros(len(states), vocab_size, dtype=torch.bool)
+            mask[:, : found.shape[1]] = found
+            mask[:, self._eos] = torch.tensor(self._constraint.accepts(states), dtype=torch.bool)[:, None]
         return mask
 
 
-def weigh(p: torch.Tensor, asked: Sequence[tuple[Readable, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+class Weighed(Protocol):
+    """What `weigh` needs of a search."""
+
+    tree: Tree
+    members: Members | None  # of its constraint
+    masks: bool  # whether rows are normalised after the constraint's mask
+
+
+def weigh(p: torch.Tensor, asked: Sequence[tuple[Weighed, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows of weights [B, V] from rows of p after these nodes of each search, and for the reading "mask" the log of the
-    p-mass that each row kept, [B]. All searches have equal settings."""
+    p-mass that each row kept, [B]. All searches have equal settings, but any may be without a constraint."""
     some, log_kept = asked[0][0], None
-    if some.members is not None:
-        masks = [search.members.allowed(nodes, p.shape[-1]) for search, nodes in asked if search.members is not None]
+    if any(search.members is not None for search, _ in asked):
+        masks = [search.members.allowed(nodes, p.shape[-1]) if search.members is not None
+                 else torch.ones(len(nodes), p.shape[-1], dtype=torch.bool) for search, nodes in asked]  # fmt: skip
         p = torch.where(torch.cat(masks).to(p.device), p, 0.0)
         if some.masks:
             kept = p.sum(-1, keepdim=True)

@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from toys import OneOf, Worded, fast_tokenizer
+from toys import Texts, Worded, fast_tokenizer
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'maxent-decoding[constraints]'")
 
@@ -184,6 +184,17 @@ def test_a_schema_takes_a_valid_object_and_refuses_another(entry, smollm):
             assert member(constraint, json.dumps(entry[kind], indent=indent), smollm) is expected
 
 
+def test_white_space_between_parts_can_be_chosen(smollm):
+    schema = {"type": "array", "items": {"type": "integer"}}
+    texts = ("[1,2]", "[1, 2]", "[1,  2]", "[1,\n2]")
+    for whitespace, expected in ((None, (1, 1, 1, 1)), (" ?", (1, 1, 0, 0)), ("", (1, 0, 0, 0))):
+        constraint = JsonSchema(schema, whitespace)
+        assert [member(constraint, text, smollm) for text in texts] == list(map(bool, expected)), whitespace
+    assert member(JsonSchema(True, ""), '{"a":[1]}', smollm)
+    with pytest.raises(UsageError, match="unclosed group"):
+        JsonSchema(schema, "(")
+
+
 def member(constraint, text, lm):
     states = [constraint.start(lm)]
     for token in lm.tokenizer(text, add_special_tokens=False)["input_ids"]:
@@ -325,8 +336,7 @@ def test_without_llguidance_the_command_is_named(monkeypatch):
 
 
 def test_what_is_no_constraint_is_refused():
-    for wrong in ("[a-z]", 3, Regex, OneOf, SimpleNamespace(start=print, advance=print, allowed=print)):
+    for wrong in ("[a-z]", 3, Regex, Texts, SimpleNamespace(start=print, advance=print, allowed=print)):
         with pytest.raises(UsageError, match=r"give one of dts\.constraints"):
-            check_constraint(wrong)
-    check_constraint(Regex("a"))
-    check_constraint(OneOf((1, 2)))
+            check_constraint(wrong, None)
+    check_constraint(Texts([(1, 2)], 3), None)

@@ -71,34 +71,6 @@ def finish(values: SoftValues, leaf: int) -> None:
         values.learn(leaf)
 
 
-# -- constraints -------------------------------------------------------------------------------------------------------
-
-
-class OneOf:
-    """A constraint in plain Python: one of these token sequences. Its states are the tokens so far."""
-
-    def __init__(self, *sequences: tuple[int, ...]) -> None:
-        self._sequences = frozenset(sequences)
-        self._vocab = 0
-
-    def start(self, lm):
-        self._vocab = lm.vocab_size
-        return ()
-
-    def advance(self, states, tokens):
-        return [(*state, token) for state, token in zip(states, tokens, strict=True)]
-
-    def allowed(self, states):
-        rows = [[self._begins((*state, token)) for token in range(self._vocab)] for state in states]
-        return torch.tensor(rows, dtype=torch.bool)
-
-    def _begins(self, tokens):
-        return any(sequence[: len(tokens)] == tokens for sequence in self._sequences)
-
-    def accepts(self, states):
-        return [state in self._sequences for state in states]
-
-
 def fast_tokenizer(words: Sequence[bytes]):
     """A fast tokenizer of transformers: token 0 is EOS, then these bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

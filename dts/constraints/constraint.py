@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 
 from dts.errors import UsageError, shown
-from dts.lm import LanguageModel
 
 State = Any
 METHODS = ("start", "advance", "allowed", "accepts")
@@ -20,9 +19,9 @@ class Constraint(Protocol):
     EOS ends a completion and is no part of it: `advance` never sees it, and what `allowed` says of it does not count.
     """
 
-    def start(self, lm: LanguageModel) -> State:
-        """State of the empty completion. Raises `UsageError` where no completion of this model belongs to the set, or
-        where the bytes of its tokens are not known."""
+    def start(self, lm: Any) -> State:
+        """State of the empty completion of this `dts.lm.LanguageModel`. Raises `UsageError` where none of its
+        completions belongs to the set, or where the bytes of its tokens are not known."""
 
     def advance(self, states: Sequence[State], tokens: Sequence[int]) -> list[State]:
         """States after one more token each. A token that is not allowed leads to a state that allows and accepts
@@ -36,11 +35,14 @@ class Constraint(Protocol):
         """Whether each path is a member as it stands."""
 
 
-def check_constraint(constraint: Any) -> None:
-    """Raise `UsageError` for what is no constraint."""
+def check_constraint(constraint: Any, lm: Any) -> None:
+    """Raise `UsageError` for what is no constraint, and for one that this model cannot satisfy; None is none."""
+    if constraint is None:
+        return
     missing = [name for name in METHODS if not callable(getattr(constraint, name, None))]
     if missing or isinstance(constraint, type):
         raise UsageError(
             f"constraint={shown(constraint)} is not allowed; give one of dts.constraints, such as Regex('[0-9]+'), or "
             f"an object with the methods {', '.join(METHODS)}"
         )
+    constraint.start(lm)

@@ -14,7 +14,6 @@ import torch
 
 from dts.constraints.schemas import fault_in
 from dts.errors import UnavailableError, UsageError, shown
-from dts.lm import LanguageModel
 
 # Every tokenization of a text belongs to the language. Without this, forced text is allowed in one tokenization only.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -49,7 +48,7 @@ class Guided:
         self._starts: WeakKeyDictionary[Vocabulary, GuidedState] = WeakKeyDictionary()
         self._masks: dict[bytes, bytes] = {}  # equal masks are one object: inside free words nearly all are equal
 
-    def start(self, lm: LanguageModel) -> GuidedState:
+    def start(self, lm: Any) -> GuidedState:
         """See `Constraint`. The tokenizer has to be a fast one of Hugging Face, on bytes or with byte fallback."""
         vocabulary = vocabulary_of(lm)
         found = self._starts.get(vocabulary)
@@ -101,16 +100,22 @@ class Guided:
 
 class JsonSchema(Guided):
     """Texts that are JSON and valid under a schema: a dict, True, or JSON text. Properties come in the order of the
-    schema; white space may stand where JSON allows it. See llguidance's `docs/json_schema.md` for the keywords."""
+    schema. See llguidance's `docs/json_schema.md` for the keywords."""
 
-    def __init__(self, schema: Mapping[str, Any] | bool | str) -> None:
-        """Raises `UsageError` for a schema that is no JSON, has a keyword that is not supported (named, with its
-        place), or that nothing satisfies."""
+    def __init__(self, schema: Mapping[str, Any] | bool | str, whitespace: str | None = None) -> None:
+        """whitespace: a regular expression for the white space between parts, such as " ?", which keeps small models
+        from writing white space for ever; None: all that JSON allows. Raises `UsageError` for a schema that is no JSON,
+        has a keyword that is not supported (named, with its place), or that nothing satisfies."""
         self._schema = _as_schema(schema)
         schema_grammar = _llguidance().LLMatcher.grammar_from_json_schema
         if fault := fault_in(self._schema, lambda part: _problem(schema_grammar(json.dumps(part)))):
             raise UsageError(f"constraint=JsonSchema: {fault}; leave it out, or judge it by a reward")
-        super().__init__(f"start: %json {json.dumps(self._schema)}")
+        read = self._schema
+        if whitespace is not None:
+            Regex(whitespace)  # raises where it is none
+            own = self._schema if isinstance(self._schema, dict) else {}
+            read = {**own, "x-guidance": {"whitespace_pattern": whitespace}}
+        super().__init__(f"start: %json {json.dumps(read)}")
 
     def __repr__(self) -> str:
         return f"JsonSchema({json.dumps(self._schema)})"
@@ -223,7 +228,7 @@ class _Known:
 _KNOWN = _Known(threading.Lock(), WeakKeyDictionary())
 
 
-def vocabulary_of(lm: LanguageModel) -> Vocabulary:
+def vocabulary_of(lm: Any) -> Vocabulary:
     """The model's tokens with their bytes. Raises `UsageError` where these are not known."""
     tokenizer = getattr(lm, "tokenizer", None)
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -240,7 +245,7 @@ def vocabulary_of(lm: LanguageModel) -> Vocabulary:
         return of_tokenizer[key]
 
 
-def _read(lm: LanguageModel, tokenizer: Any) -> Vocabulary:
+def _read(lm: Any, tokenizer: Any) -> Vocabulary:
     _llguidance()
     from llguidance.hf import from_tokenizer
 
