@@ -52,8 +52,7 @@ def decode(
     logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessor, or a list of
     them; part of p. A processor that keeps a state is copied for each path; a function or class without arguments is
     taken as a factory that makes one (see `dts.processors`).
-    require_eos: a completion that ended by neither EOS nor a stop string, because `max_new_tokens` cut it, is not in
-    the target, and ranks after those that are complete.
+    require_eos: completions that `max_new_tokens` cut are not in the target, and rank after all that are complete.
     chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}, and `tools`.
     max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
     comes back to them.
@@ -79,8 +78,7 @@ def decode(
     limits = tightest(method.budget(), budget)
     with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
-        target = target_of(method)
-        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout, target), method)
+        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout, target_of(method)), method)
 
 
 @contextlib.contextmanager
