@@ -3,11 +3,11 @@
     python benchmarks/constraints.py --output constraints.jsonl
     python benchmarks/constraints.py --output constraints.jsonl --report
 
-20 schemas such as programming interfaces have (`benchmarks/schemas.json`), SmolLM2-135M-Instruct, the schema in the
-prompt, no reward. Rejection draws from p, and keeps what is valid. Mask draws from p masked token by token. Condition
-samples p among the valid texts, by a tree or by a particle filter. Texts are checked by the package `jsonschema`.
-Log p is the model's own in all of them, weighted as the method weights its texts; tokens are without the prompt.
-One JSON line a schema and method; the same command continues after those that it has.
+20 schemas such as programming interfaces have (`benchmarks/schemas.json`), SmolLM2-135M-Instruct, no reward. The prompt
+holds the schema, after two answered questions on others. Rejection draws from p, and keeps what is valid. Mask draws
+from p masked token by token. Condition samples p among the valid texts, by a tree or by a particle filter. Texts are
+checked by the package `jsonschema`. Log p is the model's own in all of them, weighted as the method weights its texts;
+tokens are without the prompt. One JSON line a schema and method; the same command continues after those that it has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dts.results import Completion, Result
 from dts.search import MaxEnt, Method, ParticleFilter, Sampling
 
 SCHEMAS = Path(__file__).parent / "schemas.json"
-PROMPT = "{ask} Answer with JSON in one line, and nothing else. The JSON schema: {schema}"
+QUESTION = "{ask} Answer with JSON in one line, and nothing else. The JSON schema: {schema}"
+SHOWN = 2  # answered questions of other schemas before each question
 METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # with whether it has the constraint
     "rejection": (Sampling, False),
     "mask": (Sampling, True),
@@ -62,12 +63,22 @@ def weighted(result: Result) -> list[tuple[Completion, float]]:
     return [(completion, share / total) for completion, share in found if completion is not None and share]
 
 
-def measure(lm: Any, entry: dict[str, Any], method: str, options: argparse.Namespace) -> dict[str, Any]:
+def prompt_of(entries: list[dict[str, Any]], index: int) -> list[dict[str, str]]:
+    """The question of an entry, after those that come before it with their answers."""
+    shown = [entries[(index - back) % len(entries)] for back in range(SHOWN, -1, -1)]
+    turns = []
+    for entry in shown:
+        question = QUESTION.format(ask=entry["ask"], schema=json.dumps(entry["schema"]))
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": json.dumps(entry["valid"])}]
+    return turns[:-1]
+
+
+def measure(lm: Any, entries: list[dict[str, Any]], index: int, method: str, options: Any) -> dict[str, Any]:
     make, constrained = METHODS[method]
-    schema = entry["schema"]
+    entry, schema = entries[index], entries[index]["schema"]
     result = dts.decode(
-        lm, [{"role": "user", "content": PROMPT.format(ask=entry["ask"], schema=json.dumps(schema))}],
-        method=make(options.n), max_new_tokens=options.tokens, seed=1, require_eos=True, batch_size=options.n,
+        lm, prompt_of(entries, index),
+        method=make(options.n), max_new_tokens=options.tokens, seed=1, require_eos=True,
         constraint=dts.constraints.JsonSchema(schema) if constrained else None,
     )  # fmt: skip
     found = [(one, share, is_valid(one.text, schema)) for one, share in weighted(result) if one.finished_by == "eos"]
@@ -113,12 +124,12 @@ def report(rows: list[dict[str, Any]]) -> str:
             [row["log_p"] - masked[row["schema"]] for row in own if row["valid"] and row["schema"] in masked]
         )
         above = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(gains)) if len(gains) > 1 and method != "mask" else ""
-        seconds = sum(row["seconds"] for row in own)
+        share = sum(row["constraint_seconds"] for row in own) / sum(row["seconds"] for row in own)
+        each = f"{sum(row['forwarded'] for row in own) / drawn:.0f}" if drawn else "none found"
         lines.append(
             f"| {method} | {len(own)} | {valid / max(found, 1):.0%} of {found} | "
             f"{drawn / sum(row['n'] for row in own):.0%} | {sum(not row['valid'] for row in own)} | "
-            f"{sum(row['forwarded'] for row in own) / max(drawn, 1):.0f} | {np.mean(logs) if logs else math.nan:.2f} | "
-            f"{above} | {sum(row['constraint_seconds'] for row in own) / seconds:.1%} |"
+            f"{each} | {np.mean(logs) if logs else math.nan:.2f} | {above} | {share:.1%} |"
         )
     return "\n".join(lines)
 
@@ -137,11 +148,12 @@ def main() -> None:
         torch.set_num_threads(1)
         lm = dts.load("smollm2-135m")
         done = {tuple(row[name] for name in KEY) for row in rows}
-        for entry in json.loads(SCHEMAS.read_text(encoding="utf-8"))[: options.schemas]:
+        entries = json.loads(SCHEMAS.read_text(encoding="utf-8"))
+        for index, entry in enumerate(entries[: options.schemas]):
             for method in options.methods:
                 if (entry["name"], method, options.n, options.tokens) in done:
                     continue
-                rows.append(measure(lm, entry, method, options))
+                rows.append(measure(lm, entries, index, method, options))
                 with options.output.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(json.dumps(rows[-1]), flush=True)

@@ -89,6 +89,7 @@ def generate(
     reward: Reward | Callable[..., Any] | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    require_eos: bool = False,
     generation_config: Any = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
@@ -103,7 +104,7 @@ def generate(
     input_ids: [B, L], left-padded where the attention mask [B, L] is 0. The logits processors that `generate` prepared
     (temperature, top-k, top-p, minimal length, those of the caller) define p, and each sees the padding as `generate`
     shows it. With do_sample=False `generate` prepares no temperature, top-k and top-p. `eos_token_id` of the arguments
-    or the configuration ends sequences. stop: stop strings, as of `dts.decode`.
+    or the configuration ends sequences. stop, require_eos: as of `dts.decode`.
 
     Returns [B, longest], prompts included, padded on the right; with `num_return_sequences=k` the k best distinct
     completions of each prompt, the last one repeated where fewer were found; with `return_dict_in_generate=True` an
@@ -130,6 +131,7 @@ def generate(
             reward=reward,
             seed=seed,
             stop=stop,
+            require_eos=require_eos,
             max_new_tokens=max_length - input_ids.shape[1],
             logits_processor=_as_shown(logits_processor or (), input_ids, row, len(prompt)) or None,
         )

@@ -7,7 +7,7 @@ import numbers
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -16,7 +16,6 @@ from dts.processors import check_processor
 
 if TYPE_CHECKING:
     from dts.constraints.constraint import Constraint
-    from dts.results import Usage
 
 TINY = 1e-200
 LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
@@ -152,6 +151,15 @@ class Decoding:
         return scores.softmax(-1)
 
 
+class Costs(Protocol):
+    """What of `dts.results.Usage` can be limited."""
+
+    forwarded_tokens: int
+    reward_calls: int
+    reward_tokens: int
+    reward_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Limits that mean the same for every method; a search stops at the first one it meets."""
@@ -173,7 +181,7 @@ class Budget:
             if value is not None:
                 check_number(option, value, 0, math.inf, allowed="a number > 0 or None")
 
-    def spent(self, usage: Usage, rollouts: int, seconds: float, next_tokens: int = 0) -> bool:
+    def spent(self, usage: Costs, rollouts: int, seconds: float, next_tokens: int = 0) -> bool:
         """Whether a limit is used up, or would be exceeded by forwarding `next_tokens` more."""
         return (
             (self.rollouts is not None and rollouts >= self.rollouts)
@@ -182,7 +190,7 @@ class Budget:
             or self.reward_calls_left(usage) <= 0
         )
 
-    def reward_calls_left(self, usage: Usage) -> float:
+    def reward_calls_left(self, usage: Costs) -> float:
         """How many more texts the reward may score; infinite without a limit."""
         if (self.reward_tokens is not None and usage.reward_tokens >= self.reward_tokens) or (
             self.reward_seconds is not None and usage.reward_seconds >= self.reward_seconds

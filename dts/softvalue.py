@@ -84,6 +84,7 @@ class SoftValues:
         self.mean = array("d")  # E[r], the limit of V as lambda -> 0
         self.mean_rest = array("d")
         self._closed = set[int]()  # nodes given up for good
+        self._forced = set[int]()  # children that were no draws: they say nothing of the unexplored tokens
         self.grow()
 
     def value(self, node: int = ROOT) -> float:
@@ -179,6 +180,10 @@ class SoftValues:
         self.log_open[leaf] = -math.inf
         self._back_up(leaf)
 
+    def force(self, child: int) -> None:
+        """A new child was not drawn: it counts with its own mass, and not as a sample of the unexplored tokens."""
+        self._forced.add(child)
+
     def close(self, node: int) -> None:
         """Leave what is unfinished below `node` out of `log_open`, for good."""
         self.grow()
@@ -223,7 +228,7 @@ class SoftValues:
 
     def _update(self, node: int) -> None:
         tree, finished, children = self.tree, self.visits.finished, list(self.tree.children(node))
-        self._pool(node, [a for a in children if finished[a]])
+        self._pool(node, [a for a in children if finished[a] and a not in self._forced])
         for child in children:
             if not finished[child]:  # in flight: still worth what the parent hands down
                 self.log_value[child] = self._handed_down(child)
@@ -273,7 +278,13 @@ class SoftValues:
         elif node == ROOT and all(term == -math.inf for term in terms):  # as if the next one were in the target
             terms, means, weight = [*terms, 0.0], [*means, 0.0], weight + 1
         if all(term == -math.inf for term in terms):
-            return
+            if not self._forced or math.isfinite(self.log_beyond[node]):
+                return
+            forced = [a for a in self.tree.children(node) if a in self._forced and self.visits.finished[a]]
+            terms = [self.log_value[a] - scale * promise[a] for a in forced]  # better than nothing
+            means, weight = [self.mean[a] for a in forced], float(len(forced))
+            if all(term == -math.inf for term in terms):
+                return
         self.log_beyond[node] = logsumexp(terms) - math.log(weight)
         self.log_rest[node], self.mean_rest[node] = self._rest(node), _mean(means, terms)
 
@@ -307,8 +318,13 @@ class SoftValues:
                     seen.append(child)
                 else:
                     others.append(tree.log_p[child])
-            rest = logsumexp(others) - math.log(len(seen))
-            terms = [logsumexp([tree.log_p[child], rest]) + self.log_value[child] for child in seen]
+            forced = {child for child in seen if child in self._forced}
+            forced = forced if len(forced) < len(seen) else set()  # if need be they stand for the others
+            rest = logsumexp(others) - math.log(len(seen) - len(forced))
+            terms = [
+                (tree.log_p[child] if child in forced else logsumexp([tree.log_p[child], rest])) + self.log_value[child]
+                for child in seen
+            ]
             total = logsumexp(terms)
             stack.extend(
                 (child, above + term - total) for child, term in zip(seen, terms, strict=True) if term > -math.inf

@@ -27,6 +27,7 @@ class Target:
     require_eos: bool = False
     constraint: Constraint | None = None
     masked: bool = False  # the constraint's mask was put on p token by token, with each row normalised
+    sharpness: float = 1.0  # a search for the mode works with the target to this power, which has the same mode
 
     def __post_init__(self) -> None:
         check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
@@ -40,7 +41,12 @@ class Target:
     @property
     def conserves(self) -> bool:
         """Whether the weights of all continuations of a prefix sum to 1, as those of p do."""
-        return self.power == 1 and not self.require_eos and self.constraint is None
+        return self.row_power == 1 and not self.require_eos and self.constraint is None
+
+    @property
+    def row_power(self) -> float:
+        """Of p in the rows of weights that the search works with."""
+        return self.power * self.sharpness
 
     def __str__(self) -> str:
         p = f"p(x, masked by {self.constraint!r})" if self.masked else "p(x)"

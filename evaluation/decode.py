@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rollouts", type=int, default=16, metavar="N", help="finished completions (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of a completion (default: 48)")
     parser.add_argument("--reward-scale", type=float, default=4.0, metavar="X", help="lambda (default: 4)")
+    parser.add_argument("--power", type=float, default=1.0, metavar="X",
+                        help="of p in the target; above 1 it sharpens the model (default: 1)")  # fmt: skip
+    parser.add_argument("--order", default="reward", metavar="NAME",
+                        help="reward, likelihood or target: what the best completion is (default: reward)")  # fmt: skip
+    parser.add_argument("--require-eos", action="store_true", help="texts that the length limit cut rank last")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -66,14 +71,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _decode(options: argparse.Namespace) -> Result:
     """What can be checked is checked before the model is loaded."""
     import dts
+    from dts.search import aimed
 
     method = find_method(options.method)(options.rollouts, options.reward_scale)
+    method = aimed(method, options.power, options.order)
     reward = None if options.reward is None else find_reward(options.reward)
     prompt = read_prompt(options.prompt)
     lm = dts.load(options.model)
     return dts.decode(
-        lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed
-    )
+        lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed,
+        require_eos=options.require_eos,
+    )  # fmt: skip
 
 
 def find_method(name: str) -> Callable[[int, float], Any]:
@@ -134,7 +142,8 @@ def as_json(result: Result) -> dict[str, Any]:
     best = result.best
     return {
         "text": best.text, "reward": best.reward, "logprob": best.logprob, "finished_by": best.finished_by,
-        "method": result.method, "rollouts": len(result.rollouts), "usage": result.usage.as_dict(),
+        "method": result.method, "target": None if result.target is None else str(result.target),
+        "rollouts": len(result.rollouts), "usage": result.usage.as_dict(),
     }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class ParticleFilter:
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
-        _ = self.target  # checks reward_scale and power
+        Target(self.reward_scale, self.power)  # checks both
         check_real("ess_threshold", self.ess_threshold, lambda x: 0 <= x <= 1, "a share from 0 to 1")
         if self.segment is not None:
             check_segment(self.segment)

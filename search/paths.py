@@ -29,6 +29,7 @@ class Path:
     node: int = ROOT
     left_at: int | None = None  # depth where it left the tree that was there; None while it still follows it
     note: Any = None  # of its policy, and read by nobody else
+    first: bool = False  # it chooses before the others in each step
 
 
 class Policy(Protocol):
@@ -114,6 +115,7 @@ def rollouts(search: Search, policy: Policy) -> Steps:
         new = room if limit is None else min(room, limit - launched)
         paths += [Path(search.rng(streams + i)) for i in range(new)]
         launched, streams = launched + new, streams + new
+        paths.sort(key=lambda path: not path.first)
         under_way, before = len(paths), len(search.rollouts)
         paths = yield from advance(search, policy, paths, end)
         if search.exhausted():

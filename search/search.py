@@ -49,7 +49,7 @@ class Search:
         self.members = Members(decoding.constraint, lm, session.usage) if decoding.constraint is not None else None
         self.masks = (decoding.constraint_mode or ("mask" if target is None else "condition")) == "mask"
         self.target = None if target is None else target.among(decoding, masked=self.masks)
-        power = target.power if target else 1.0
+        power = target.row_power if target else 1.0
         self.weighs = power != 1 or self.members is not None  # rows are weights other than p
         self.tree, self.usage = Tree(power, measured=self.weighs), session.usage
         self.rollouts: list[Rollout] = []
@@ -364,6 +364,14 @@ class Search:
         done, tree = self.finished(leaf), self.tree
         reason, log_probs = self._finished_by[leaf], tree.log_probs(leaf)
         return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
+
+    def check_members(self) -> None:
+        """Everything was tried. Raises `UsageError` where a constraint was given and no completion is in it."""
+        if self.members is not None and not self.tree.leaves():
+            raise UsageError(
+                f"constraint={shown(self.decoding.constraint)} holds for no completion of up to max_new_tokens="
+                f"{self.decoding.max_new_tokens} tokens that the model may write; raise max_new_tokens or loosen it"
+            )
 
     def belongs(self, leaf: int) -> bool:
         """Whether a scored leaf is in the target."""

@@ -20,7 +20,7 @@ from dts.search import METHODS, BestOfN, MaxEnt, ParticleFilter, Sampling
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'maxent-decoding[constraints]'")
 
-from dts.constraints import Choice, JsonSchema, Regex
+from dts.constraints import Choice, Grammar, JsonSchema, Regex
 
 WORDS = (b"a", b"b", b"ab", b";")
 HORIZON = 4
@@ -139,13 +139,19 @@ def test_a_text_that_the_length_cuts_in_the_constraint_is_none():
     assert whole.best.text == "a" and set(shares(whole)) == {(1, 0)}
 
 
-def test_a_length_limit_below_every_text_is_one_clear_line():
-    lm = model()
-    result = dts.decode(lm, PROMPT, method=MaxEnt(50), constraint=Choice(["a" * 9]), max_new_tokens=3)
+@pytest.mark.parametrize("search", ["sample", "best"])
+def test_a_language_that_turns_out_to_be_empty_is_one_clear_line(search):
+    for constraint in (Choice(["a" * 9]), Grammar('start: "a" start')):  # too long; without an end
+        with pytest.raises(dts.UsageError, match="holds for no completion of up to max_new_tokens=3 tokens") as raised:
+            dts.decode(model(), PROMPT, method=MaxEnt(500, search=search), constraint=constraint, max_new_tokens=3)
+        assert "\n" not in str(raised.value)
+
+
+def test_samples_that_all_miss_the_language_say_what_to_do():
+    result = dts.decode(model(), PROMPT, method=Sampling(2), constraint=Choice(["a" * 9]), max_new_tokens=3)
     assert not result.completions
-    with pytest.raises(RuntimeError, match="no rollout finished") as raised:
+    with pytest.raises(RuntimeError, match="or max_new_tokens if a constraint needs longer texts"):
         _ = result.best
-    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("search", ["sample", "best"])

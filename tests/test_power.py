@@ -6,14 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from toys import Texts
+from toys import Texts, run_with
 
-from dts.decoding import target_of
 from dts.evaluation.studies.exact import PROMPT, instance
 from dts.results import Result
-from dts.rewards import Context, as_reward
-from dts.search import MaxEnt, ParticleFilter, Search, run
-from dts.settings import Decoding
+from dts.search import MaxEnt, ParticleFilter
 
 CASE = instance(0, vocab_size=4, horizon=4)  # 121 sequences
 
@@ -36,14 +33,8 @@ def texts_of(case, chosen, **options):
     return Texts(found, case.lm.vocab_size, **options)
 
 
-def decode(case, method, *, reward=True, seed=0, **settings) -> Result:
-    """As `dts.decode`, with a constraint."""
-    decoding = Decoding(max_new_tokens=case.horizon, seed=seed, **settings)
-    scorer = as_reward(case.reward if reward else lambda text: 0.0)
-    session = case.lm.open(PROMPT, batch_size=4, max_new_tokens=case.horizon)
-    context = Context(PROMPT, PROMPT, case.lm.decode)
-    search = Search(case.lm, session, context, scorer, decoding, method.budget(), 4, None, target_of(method))
-    return run(search, method)
+def decode(case, method, **settings) -> Result:
+    return run_with(case.lm, PROMPT, method, case.reward, max_new_tokens=case.horizon, **settings)
 
 
 def weights(case, power, scale, chosen=None):

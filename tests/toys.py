@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dts.decoding import as_scorer, target_of
 from dts.models.table import TableModel
+from dts.results import Result
+from dts.rewards import Context
+from dts.search import Search, run
+from dts.settings import Decoding
 from dts.softvalue import SoftValues
 from dts.tree import Tree
 
@@ -42,6 +47,30 @@ def chain(*tokens):
     return TableModel(lambda prefix: rows[prefix[1:]], 4, eos=0)
 
 
+class UpTo:
+    """Monotone and with bounds: the share of `most` times that a token came. Nothing comes after EOS (0)."""
+
+    name, monotone = "up to", True
+
+    def __init__(self, token: int, most: int, horizon: int) -> None:
+        self._token, self._most, self._horizon = token, most, horizon
+
+    def start(self, context):
+        return 0, self._horizon  # times, tokens left
+
+    def extend(self, states, tokens):
+        return [(n + (t == self._token), left - 1 if t else 0) for (n, left), t in zip(states, tokens, strict=True)]
+
+    def earned(self, states):
+        return [min(n, self._most) / self._most for n, _ in states]
+
+    def upper(self, states):
+        return [min(n + left, self._most) / self._most for n, left in states]
+
+    def finish(self, states, finished):
+        return self.earned(states)
+
+
 class Texts:
     """A constraint: one of these token sequences, EOS left out. `far`: tokens are allowed whether or not they lead to
     one, so that every wrong turn is a dead end."""
@@ -63,6 +92,17 @@ class Texts:
 
     def accepts(self, states):
         return [state in self.members for state in states]
+
+
+def run_with(lm, prompt, method, reward, **settings) -> Result:
+    """As `dts.decode`, with a constraint."""
+    decoding = Decoding(**settings)
+    ids = tuple(lm.encode(prompt))
+    session = lm.open(ids, batch_size=4, max_new_tokens=decoding.max_new_tokens)
+    context = Context(prompt, ids, lm.decode)
+    return run(
+        Search(lm, session, context, as_scorer(reward), decoding, method.budget(), 4, None, target_of(method)), method
+    )
 
 
 def finish(values: SoftValues, leaf: int) -> None:
