@@ -11,10 +11,9 @@ again. `Search` asks `Members` whether a text that ends is one of the constraint
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +30,9 @@ class Members:
 
     def __init__(self, constraint: Constraint, lm: LanguageModel, usage: Usage) -> None:
         self._constraint, self._eos, self._usage = constraint, sorted(lm.eos_ids), usage
-        with self._timed():
-            self._states: list[Any] = [constraint.start(lm)]  # by node; EOS leaves the state as it is
+        began = time.perf_counter()
+        self._states: list[Any] = [constraint.start(lm)]  # by node; EOS leaves the state as it is
+        self.charge(began)
 
     def copy(self) -> Members:
         """The same, for a tree that grows apart from here on."""
@@ -40,23 +40,20 @@ class Members:
         other._states = list(self._states)
         return other
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._usage.constraint_seconds += time.perf_counter() - began
+    def charge(self, began: float, shared_by: int = 1) -> None:
+        """Count the seconds since `began`, which so many searches share."""
+        self._usage.constraint_seconds += (time.perf_counter() - began) / shared_by
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> None:
         """New nodes of the tree, in order: these tokens after these nodes."""
+        began = time.perf_counter()
         moved = [(self._states[parent], token) for parent, token in zip(parents, tokens, strict=True)
                  if token not in self._eos]  # fmt: skip
-        with self._timed():
-            after = iter(self._constraint.advance([state for state, _ in moved], [token for _, token in moved]))
+        after = iter(self._constraint.advance([state for state, _ in moved], [token for _, token in moved]))
         before = [self._states[parent] for parent in parents]
         self._states += [state if token in self._eos else next(after)
                          for state, token in zip(before, tokens, strict=True)]  # fmt: skip
+        self.charge(began)
 
     def accepts(self, node: int) -> bool:
         """Whether the text up to `node` is one of the constraint."""
@@ -65,11 +62,10 @@ class Members:
     def allowed(self, nodes: Sequence[int], vocab_size: int) -> torch.Tensor:
         """Tokens that may come after these nodes, bool [len(nodes), vocab_size]: EOS where the text may end."""
         states = [self._states[node] for node in nodes]
-        with self._timed():
-            found = self._constraint.allowed(states)[:, :vocab_size]
-            mask = torch.zeros(len(states), vocab_size, dtype=torch.bool)
-            mask[:, : found.shape[1]] = found
-            mask[:, self._eos] = torch.tensor(self._constraint.accepts(states), dtype=torch.bool)[:, None]
+        found = self._constraint.allowed(states)[:, :vocab_size]
+        mask = torch.zeros(len(states), vocab_size, dtype=torch.bool)
+        mask[:, : found.shape[1]] = found
+        mask[:, self._eos] = torch.tensor(self._constraint.accepts(states), dtype=torch.bool)[:, None]
         return mask
 
 
@@ -82,14 +78,18 @@ class Weighed(Protocol):
 
 
 def weigh(p: torch.Tensor, asked: Sequence[tuple[Weighed, Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows of weights [B, V] from rows of p after these nodes of each search, and for the reading "mask" the log of the
-    p-mass that each row kept, [B]. All searches have equal settings, but any may be without a constraint."""
-    some, log_kept = asked[0][0], None
-    if any(search.members is not None for search, _ in asked):
+    """Rows of weights [B, V] from rows of p after these nodes of each search, which are written to; for the reading
+    "mask" also the log of the p-mass that each row kept, [B]. All searches have equal settings, but any may be without
+    a constraint."""
+    some, log_kept, began = asked[0][0], None, time.perf_counter()
+    held = [search.members for search, _ in asked if search.members is not None]
+    if held:
         masks = [search.members.allowed(nodes, p.shape[-1]) if search.members is not None
                  else torch.ones(len(nodes), p.shape[-1], dtype=torch.bool) for search, nodes in asked]  # fmt: skip
-        p = torch.where(torch.cat(masks).to(p.device), p, 0.0)
+        p = p.mul_(torch.cat(masks).to(p.device))  # a row of NaN stays one
         if some.masks:
             kept = p.sum(-1, keepdim=True)
             p, log_kept = torch.where(kept > 0, p / kept, p), torch.where(kept > 0, kept.log(), 0.0)[:, 0]
+        for members in held:
+            members.charge(began, len(held))
     return (p if some.tree.power == 1 else p**some.tree.power), log_kept
