@@ -125,6 +125,8 @@ class Tree:
 
     def log_probs(self, node: int) -> tuple[float, ...]:
         """The model's own log p of each token up to and including `node`, nats."""
+        if not self._measured:  # the weights are p
+            return tuple(self.log_p[n] for n in self.path(node))
         return tuple(self.own_log_p(n) for n in self.path(node))
 
     def own_log_p(self, node: int) -> float:

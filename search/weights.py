@@ -92,4 +92,7 @@ def weigh(p: torch.Tensor, asked: Sequence[tuple[Weighed, Sequence[int]]]) -> tu
             p, log_kept = torch.where(kept > 0, p / kept, p), torch.where(kept > 0, kept.log(), 0.0)[:, 0]
         for members in held:
             members.charge(began, len(held))
-    return (p if some.tree.power == 1 else p**some.tree.power), log_kept
+    power = some.tree.power
+    if power != 1:  # p ** power has other last bits for a row in company than for the same row alone
+        p = p * p if power == 2 else (power * p.log()).exp()
+    return p, log_kept

@@ -9,8 +9,13 @@ import pytest
 from toys import UpTo
 
 import dts
+from dts.evaluation import cli
+from dts.evaluation.experiment import config
+from dts.evaluation.report.summary import _target
 from dts.evaluation.studies.exact import PROMPT, instance
-from dts.search import Greedy, MaxEnt, ParticleFilter
+from dts.search import Greedy, MaxEnt, ParticleFilter, aimed
+from dts.search.maxent.order import ORDERS
+from dts.target import LARGEST_POWER
 
 HORIZON = 4
 
@@ -183,3 +188,29 @@ def test_a_draw_that_leaves_the_tree_and_is_cut_is_drawn_again():
 def test_what_is_no_target_is_refused(make, message):
     with pytest.raises(dts.UsageError, match=message):
         make()
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_commands_pass_power_and_order_to_the_methods_that_have_them():
+    assert aimed(MaxEnt(3), 2.0, "target") == MaxEnt(3, power=2.0, order="target")
+    assert aimed(ParticleFilter(3), 2.0, "target") == ParticleFilter(3, power=2.0)
+    assert aimed(Greedy(), 2.0, "target") == Greedy()
+    assert (config.ORDERS, config.LARGEST_POWER) == (ORDERS, LARGEST_POWER)
+    given = cli.settings(vars(cli.build_parser().parse_args(["--power", "2", "--order", "target", "--require-eos"])))
+    made = config.ExperimentConfig(**given)
+    assert (made.power, made.order, made.require_eos) == (2.0, "target", True)
+    assert _target(made.as_dict()) == (
+        ", power 2 of p, completions by target, only completions that EOS or a stop string ended"
+    )
+    assert _target(config.ExperimentConfig().as_dict()) == ""
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"power": 0}, "--power 0 is not allowed"), ({"order": "best"}, "--order 'best' is not allowed"),
+    ({"require_eos": "yes"}, "--require-eos 'yes' is not allowed"),
+])  # fmt: skip
+def test_commands_refuse_what_is_no_target(options, message):
+    with pytest.raises(dts.UsageError, match=message):
+        config.ExperimentConfig(**options)
