@@ -100,7 +100,7 @@ def test_masks_sample_from_another_distribution():
     chosen = members(CASE, 0.3)
     constraint = texts_of(CASE, chosen)
     exact, masked = (
-        decode(CASE, MaxEnt(500), constraint=constraint, reading=reading) for reading in ("condition", "mask")
+        decode(CASE, MaxEnt(500), constraint=constraint, constraint_mode=reading) for reading in ("condition", "mask")
     )
     truth = np.exp(weights(CASE, 1.0, 4.0, chosen) - np.logaddexp.reduce(weights(CASE, 1.0, 4.0, chosen)))
     far, near = (
