@@ -99,7 +99,7 @@ $(VENV)/.installed-dev: $(DEPENDS) | $(RUN)
 	@echo "installing into .venv-lowest; this takes some minutes"
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-	  --editable '.[ray,tensorboard,train]' hypothesis packaging pytest
+	  --editable '.[constraints,ray,tensorboard,train]' hypothesis packaging pytest
 	@touch $@
 
 # KaTeX as plain files. The package that ships them is a plugin of a framework that nobody needs here: no dependencies.

@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dts import constraints as constraints
     from dts.decoding import decode
     from dts.errors import DTSError, ModelError, RewardError, UnavailableError, UsageError
     from dts.generation import generate
@@ -101,6 +102,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
+    if name == "constraints":
+        return importlib.import_module("dts.constraints")
     if name not in _HOMES:
         raise AttributeError(f"module 'dts' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dts.constraints.constraint import Constraint, check_constraint
 from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import LanguageModel
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import NO_REWARD, Context, Prompt, Reward, as_reward
 from dts.settings import Budget, Decoding, as_stops, check_callable, check_whole
+from dts.target import Target
 
 if TYPE_CHECKING:
     from dts.search import Method
@@ -32,6 +34,9 @@ def decode(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    require_eos: bool = False,
+    constraint: Constraint | None = None,
+    constraint_mode: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
@@ -45,27 +50,27 @@ def decode(
     the assistant is continued. reward: a `dts.Reward` or a function of the decoded completion; None gives every
     completion 0. method: from `dts.search`. budget: limits on top of the method's own.
     batch_size: paths decoded together; if not given, the method's choice as far as memory allows.
-    stop: strings that end a completion. Its text ends in front of the first one; a string may be or hold a special
-    token.
+    stop: strings that end a completion, special tokens among them; its text ends in front of the first one.
     logits_processor: (ids [1, T], logits [1, V]) -> logits, such as a `transformers` LogitsProcessor, or a list of
-    them; part of p. A processor that keeps a state is copied for each path; a function or class without arguments is
-    taken as a factory that makes one (see `dts.processors`).
-    chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}, and `tools`.
-    max_kv_bytes: bound on the keys and values held; beyond it idle branches are given up, and recomputed if a path
-    comes back to them.
-    on_rollout: called with each rollout as it finishes.
+    them; part of p. One that keeps a state is copied for each path; without arguments it is a factory of such ones.
+    require_eos: completions that `max_new_tokens` cuts are not in the target, and rank after the others.
+    constraint: one of `dts.constraints`; only completions that it accepts are found. constraint_mode: "condition", p
+    among these completions, or "mask", p masked token by token, which is another distribution; if not given, the
+    first for methods that sample from a target, else the second.
+    chat_template_kwargs: variables of the chat template, and `tools`. on_rollout: called with each finished rollout.
+    max_kv_bytes: bound on the keys and values held; idle branches beyond it are given up, and recomputed if needed.
 
     Raises `UsageError` for bad settings or a prompt longer than the context, `RewardError` when the reward fails,
-    `ModelError` for logits that are no distribution or a processor that fails, `UnavailableError` when memory runs out
-    for a single path.
+    `ModelError` for logits that are no distribution or a failing processor, `UnavailableError` without enough memory.
     """
     from dts.search import Search, run  # the one place where this layer looks up
 
     settings = Decoding(
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor
-    )
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, batch_size, logits_processor,
+        require_eos, constraint, constraint_mode,
+    )  # fmt: skip
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
-    check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
     scorer = as_scorer(reward)
     prompt_ids = encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
@@ -74,7 +79,7 @@ def decode(
     limits = tightest(method.budget(), budget)
     with _memory_named(len(prompt_ids), width):
         session = lm.open(prompt_ids, batch_size=width, max_new_tokens=max_new_tokens, max_kv_bytes=max_kv_bytes)
-        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout), method)
+        return run(Search(lm, session, context, scorer, settings, limits, width, on_rollout, target_of(method)), method)
 
 
 @contextlib.contextmanager
@@ -91,7 +96,12 @@ def _memory_named(prompt_tokens: int, paths: int) -> Iterator[None]:
 
 
 def check_arguments(
-    lm: Any, method: Any, max_kv_bytes: int | None, budget: Budget | None, on_rollout: Callable[..., Any] | None
+    lm: Any,
+    method: Any,
+    max_kv_bytes: int | None,
+    budget: Budget | None,
+    on_rollout: Callable[..., Any] | None,
+    constraint: Any = None,
 ) -> None:
     """Raise `UsageError` for an argument of another kind than `decode` takes."""
     if isinstance(lm, type) or not all(callable(getattr(lm, name, None)) for name in ("encode", "decode", "open")):
@@ -103,6 +113,13 @@ def check_arguments(
     check_budget("budget", budget)
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
+    check_constraint(constraint, lm)
+
+
+def target_of(method: Any) -> Target | None:
+    """What the method samples from, or looks for the best completion under; None for methods without a target."""
+    target = getattr(method, "target", None)
+    return target if isinstance(target, Target) else None
 
 
 def check_budget(name: str, budget: Any) -> None:

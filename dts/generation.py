@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dts.constraints.constraint import Constraint
 from dts.decoding import decode
 from dts.errors import UsageError, shown
 from dts.lm import LanguageModel
@@ -54,7 +55,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), _BEAMS),
     "num_beam_groups": ((1,), _BEAMS),
     "diversity_penalty": ((0,), _BEAMS),
-    "constraints": ((), "give a reward or a logits processor"),
+    "constraints": ((), "give constraint= instead, one of dts.constraints"),
     "force_words_ids": ((), "give a reward or a logits processor"),
     "max_time": ((), "MaxTimeCriteria ends a sequence, not a search: use dts.decode(budget=dts.Budget(seconds=...))"),
     "stop_strings": ((), "give stop= instead"),
@@ -89,6 +90,9 @@ def generate(
     reward: Reward | Callable[..., Any] | None = None,
     seed: int = 0,
     stop: str | Sequence[str] = (),
+    require_eos: bool = False,
+    constraint: Constraint | None = None,
+    constraint_mode: str | None = None,
     generation_config: Any = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
@@ -103,7 +107,8 @@ def generate(
     input_ids: [B, L], left-padded where the attention mask [B, L] is 0. The logits processors that `generate` prepared
     (temperature, top-k, top-p, minimal length, those of the caller) define p, and each sees the padding as `generate`
     shows it. With do_sample=False `generate` prepares no temperature, top-k and top-p. `eos_token_id` of the arguments
-    or the configuration ends sequences. stop: stop strings, as of `dts.decode`.
+    or the configuration ends sequences. stop, require_eos, constraint, constraint_mode: as of
+    `dts.decode`.
 
     Returns [B, longest], prompts included, padded on the right; with `num_return_sequences=k` the k best distinct
     completions of each prompt, the last one repeated where fewer were found; with `return_dict_in_generate=True` an
@@ -124,15 +129,10 @@ def generate(
         keep = slice(None) if mask is None else mask[row].bool()
         prompt = input_ids[row][keep].tolist()
         result: Result = decode(
-            _Ending(lm, eos_ids),
-            prompt,
-            method=method,
-            reward=reward,
-            seed=seed,
-            stop=stop,
-            max_new_tokens=max_length - input_ids.shape[1],
+            _Ending(lm, eos_ids), prompt, method=method, reward=reward, seed=seed, stop=stop, require_eos=require_eos,
+            constraint=constraint, constraint_mode=constraint_mode, max_new_tokens=max_length - input_ids.shape[1],
             logits_processor=_as_shown(logits_processor or (), input_ids, row, len(prompt)) or None,
-        )
+        )  # fmt: skip
         best = [result.best, *result.completions[1:]][:copies]
         best += best[-1:] * (copies - len(best))
         sequences += [[*input_ids[row].tolist(), *completion.token_ids] for completion in best]

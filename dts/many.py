@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, tightest
+from dts.constraints.constraint import Constraint, check_constraint
+from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, target_of, tightest
 from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import Batch, LanguageModel, Session
 from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import Context, Prompt, Reward
 from dts.settings import Budget, Decoding, as_stops, check_whole
+from dts.target import Target
 
 if TYPE_CHECKING:
     from dts.search import Method, Search
@@ -39,6 +41,7 @@ class Request:
     seed: int | None = None  # instead of the call's seed + index
     budget: Budget | None = None  # on top of the call's
     name: str | None = None  # in messages; "prompt 3" if not given
+    constraint: Constraint | None = None
 
 
 def decode_many(
@@ -59,6 +62,9 @@ def decode_many(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    require_eos: bool = False,
+    constraint: Constraint | None = None,
+    constraint_mode: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     max_kv_bytes: int | None = None,
@@ -71,30 +77,29 @@ def decode_many(
     Prompt i gets what `decode(lm, prompt, batch_size=width, seed=seed + i, ...)` returns, up to rounding in the order
     of additions. Yields results in the order of the prompts.
 
-    prompts: any iterable; it is read as places become free. A `Request` in it is a prompt with a reward, a seed or a
-    budget of its own. reward: one for all, or a list with one for each prompt.
+    prompts: any iterable; it is read as places become free. A `Request` in it is a prompt with a reward, a seed, a
+    budget or a constraint of its own. reward: one for all, or a list with one for each prompt.
     batch_size: paths in flight over all prompts. width: paths of one search, so batch_size // width prompts are in
     flight. as_completed: yield pairs (index, result) in the order in which prompts finish.
     errors: "raise", or "return" to get a prompt's exception in the place of its result.
-    progress: show a progress bar. max_kv_bytes: bound on the keys and values of all prompts together; half of the free
-    memory if not given. budget: limits for each prompt. total_budget: limits for all together; when one is used up,
-    searches under way end with what they have, and no more prompts are taken.
-    on_rollout: called with a prompt's index and each of its rollouts.
-    The other options are those of `decode`.
+    progress: show a bar. max_kv_bytes: bound on the keys and values of all together; half of the free memory if not
+    given. budget: limits for each prompt. total_budget: limits for all; the first one used up ends the searches.
+    on_rollout: called with a prompt's index and each of its rollouts. The other options are those of `decode`.
 
-    Closing the iterator frees everything. After an exception, Ctrl-C too, its `waiting` has the results that were
-    finished and not yielded. Raises what `decode` raises, with the index of the prompt, after the results of the
-    prompts before it; `UsageError` for no prompts at all, or for another number of rewards.
+    Closing the iterator frees everything. After an exception, Ctrl-C too, its `waiting` has what was finished and not
+    yielded. Raises what `decode` raises, with the index of the prompt, after the results of those before it;
+    `UsageError` for no prompts at all, or for another number of rewards.
     """
     batch_size, width = _check_sizes(batch_size, width)
     settings = Decoding(
-        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor
-    )
-    check_arguments(lm, method, max_kv_bytes, budget, on_rollout)
+        max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor,
+        require_eos, constraint, constraint_mode,
+    )  # fmt: skip
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
     _check_choices(prompts, errors, total_budget)
     source = Source(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
-        chat_template_kwargs, on_rollout,
+        chat_template_kwargs, on_rollout, target_of(method),
     )  # fmt: skip
     engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
     bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
@@ -158,6 +163,7 @@ class Source:
     limits: Budget
     chat_template_kwargs: Mapping[str, Any] | None
     on_rollout: Callable[[int, Rollout], None] | None
+    target: Target | None
     taken: int = 0
     ended: bool = False
     failure: Exception | None = None  # of the prompts themselves; raised after the results of those that came
@@ -201,12 +207,14 @@ class Source:
         context = Context(request.prompt, ids, self.lm.decode)
         scorer, limits = self._scorer(index, request), tightest(self.limits, request.budget)
         seed = self.settings.seed + index if request.seed is None else request.seed
-        settings = dataclasses.replace(self.settings, seed=seed)
+        check_constraint(request.constraint, self.lm)
+        constraint = self.settings.constraint if request.constraint is None else request.constraint
+        settings = dataclasses.replace(self.settings, seed=seed, constraint=constraint)
         tell = None if self.on_rollout is None else _with_index(self.on_rollout, index)
 
         def begin(session: Session) -> Search:
             left = _after_shared(self.lm, limits, session, ids)
-            return Search(self.lm, session, context, scorer, settings, left, self.width, tell)
+            return Search(self.lm, session, context, scorer, settings, left, self.width, tell, self.target)
 
         return Task(index, ids, begin)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from dts.softvalue import SoftValues
+from dts.target import Target
 from dts.tree import Tree
 
 
@@ -55,6 +56,7 @@ class Usage:
     reward_calls: int = 0  # texts that the reward was asked about, finished or not; each once, unless a batch failed
     reward_tokens: int = 0  # token positions that entered the models of the reward (see `dts.Reward`)
     reward_seconds: float = 0.0  # in the reward, all its methods together
+    constraint_seconds: float = 0.0  # in the constraint, masks included
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -62,7 +64,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class LogZ:
-    """An estimate of log Z, Z = E_p exp(lambda r)."""
+    """An estimate of log Z, the log of the sum of p(x)^power 1[x in L] exp(lambda r(x)), mostly E_p exp(lambda r)."""
 
     value: float  # log of the estimate of Z, which is unbiased; its log is biased downwards (Jensen)
     error: float = math.nan  # standard error of `value` (delta method); inf: too few draws, nan: not estimated
@@ -71,7 +73,7 @@ class LogZ:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a search says of the target pi* = p exp(lambda r) / Z. A method fills in what it knows."""
+    """What a search says of the target pi* = p exp(lambda r) / Z (`dts.target`). A method fills in what it knows."""
 
     log_z: LogZ | None = None
     shares: Mapping[int, float] | None = None  # weights of the finished sequences as a sample of pi*, by leaf; sum 1
@@ -92,12 +94,16 @@ class Result:
     partial: bool = False  # the budget ended the search with paths still under way
     estimate: Estimate | None = None  # of the target distribution, where the method has one
     cut: tuple[int, ...] = ()  # nodes of the tree at which a path was given up (`EarlyEnd`), one for each such path
+    target: Target | None = None  # what was sampled from or searched, where the method has a target; str() writes it
 
     @property
     def best(self) -> Completion:
         """The first completion: the highest reward (the likeliest of several), or what the method ranks first."""
         if not self.completions:
-            raise RuntimeError("no rollout finished: raise the budget, or look at result.usage")
+            raise RuntimeError(
+                "no rollout finished: raise the budget, or max_new_tokens if a constraint needs longer texts, or look "
+                "at result.usage"
+            )
         return self.completions[0]
 
     @property
@@ -131,6 +137,8 @@ class Result:
         (`SoftValues.log_shares`)."""
         if self.estimate is None or self.estimate.shares is None:
             raise RuntimeError(f"{self.method} keeps no estimate of the target distribution; use MaxEnt")
+        if not self.estimate.shares:
+            raise RuntimeError(f"no completion in the target {self.target} was found; raise the budget")
         return self.estimate.shares
 
     @property

@@ -7,7 +7,7 @@ import numbers
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,7 +15,7 @@ from dts.errors import UsageError, shown
 from dts.processors import check_processor
 
 if TYPE_CHECKING:
-    from dts.results import Usage
+    from dts.constraints.constraint import Constraint
 
 TINY = 1e-200
 LARGEST = 2**31 - 1  # for numbers of tokens, paths and ids, which are held in 32 bits
@@ -87,6 +87,11 @@ class Decoding:
     batch_size: int | None = None  # paths decoded together; None: the method's own choice
     # (ids so far [1, T], logits [1, V]) -> logits, as in `transformers`; see `dts.processors`. Applied before the rest
     logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
+    require_eos: bool = False  # a completion that the length limit cut is not in the target, and ranks last
+    constraint: Constraint | None = None  # the set that completions have to belong to
+    # "condition": the target is p among the constraint's texts. "mask": each row of p is normalised over the tokens
+    # that are allowed, which gives another distribution. None: "condition" where the method has a target, else "mask"
+    constraint_mode: str | None = None
 
     def __post_init__(self) -> None:
         whole = "a whole number >= 1"
@@ -112,6 +117,9 @@ class Decoding:
             check_text("stop", string)
         if self.logits_processor is not None:
             check_processor(self.logits_processor)
+        _require(isinstance(self.require_eos, bool), "require_eos", self.require_eos, "True or False")
+        _require(self.constraint_mode in (None, "condition", "mask"), "constraint_mode", self.constraint_mode,
+                 "'condition', 'mask' or None")  # fmt: skip
 
     def probabilities(
         self, logits: torch.Tensor, forbidden: tuple[Sequence[int], Sequence[int]] = ((), ())
@@ -143,6 +151,15 @@ class Decoding:
         return scores.softmax(-1)
 
 
+class Costs(Protocol):
+    """What of `dts.results.Usage` can be limited."""
+
+    forwarded_tokens: int
+    reward_calls: int
+    reward_tokens: int
+    reward_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Limits that mean the same for every method; a search stops at the first one it meets."""
@@ -164,7 +181,7 @@ class Budget:
             if value is not None:
                 check_number(option, value, 0, math.inf, allowed="a number > 0 or None")
 
-    def spent(self, usage: Usage, rollouts: int, seconds: float, next_tokens: int = 0) -> bool:
+    def spent(self, usage: Costs, rollouts: int, seconds: float, next_tokens: int = 0) -> bool:
         """Whether a limit is used up, or would be exceeded by forwarding `next_tokens` more."""
         return (
             (self.rollouts is not None and rollouts >= self.rollouts)
@@ -173,7 +190,7 @@ class Budget:
             or self.reward_calls_left(usage) <= 0
         )
 
-    def reward_calls_left(self, usage: Usage) -> float:
+    def reward_calls_left(self, usage: Costs) -> float:
         """How many more texts the reward may score; infinite without a limit."""
         if (self.reward_tokens is not None and usage.reward_tokens >= self.reward_tokens) or (
             self.reward_seconds is not None and usage.reward_seconds >= self.reward_seconds

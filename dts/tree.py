@@ -17,20 +17,30 @@ NONE = -1  # no node, no slot, no token
 
 
 class Tree:
-    """Columns indexed by node id; a column may be read directly, `add` and the setters below keep them consistent."""
+    """Columns indexed by node id; a column may be read directly, `add` and the setters below keep them consistent.
 
-    def __init__(self) -> None:
+    Edges hold the weights of the target (`dts.target`): log p where nothing else is asked for. `log_probs` and
+    `log_prob` are the model's own whatever the target.
+    """
+
+    def __init__(self, power: float = 1.0, *, measured: bool = False) -> None:
+        """measured: rows of weights need not sum to 1, and `measure` says of each what it sums to."""
+        self.power, self._measured = power, measured
+        self._masses: dict[int, tuple[float, int]] = {}  # by depth: sum over measured nodes, and how many
         self.parent = array("i", [NONE])
         self.token = array("i", [NONE])
         self.depth = array("i", [0])  # tokens after the prompt
-        self.log_p = array("d", [0.0])  # log p(token | parent), nats
+        self.log_p = array("d", [0.0])  # log of the weight of `token` after `parent`, nats: power * log p
         self.first_child = array("i", [NONE])
         self.last_child = array("i", [NONE])
         self.next_sibling = array("i", [NONE])
         self.n_children = array("i", [0])
-        self.log_unexplored = array("d", [0.0])  # log of the p-mass of tokens that are not children; -inf if none
+        self.log_unexplored = array("d", [0.0])  # log of the mass of tokens that are not children; -inf if none
+        self.log_mass = array("d", [math.nan if measured else 0.0])  # log of the sum of the weights after this node
+        self.log_kept = array("d", [0.0])  # log of the p-mass after this node that a mask left before it was normalised
         self.slot = array("i", [NONE])  # where the model keeps this prefix; NONE until it was forwarded
         self.terminal = array("b", [0])  # 1: the sequence is complete here
+        self.outside = array("b", [0])  # 1: nothing at or below this node is in the target
         self.reward = array("d", [math.nan])  # of a complete sequence once it was scored
         self.earned = array("d", [-math.inf])  # reward bounds at this prefix
         self.upper = array("d", [math.inf])
@@ -50,7 +60,10 @@ class Tree:
             links.append(NONE)
         self.n_children.append(0)
         self.log_unexplored.append(0.0)
+        self.log_mass.append(math.nan if self._measured else 0.0)
+        self.log_kept.append(0.0)
         self.terminal.append(0)
+        self.outside.append(0)
         self.reward.append(math.nan)
         self.earned.append(-math.inf)
         self.upper.append(math.inf)
@@ -68,8 +81,24 @@ class Tree:
         """A tree of its own with the same nodes."""
         other = copy.copy(self)
         for name, column in vars(self).items():
-            setattr(other, name, column[:])
+            if isinstance(column, array):
+                setattr(other, name, column[:])
+        other._masses = dict(self._masses)
         return other
+
+    def measure(self, node: int, log_mass: float, log_kept: float) -> None:
+        """Note what the weights after an evaluated node sum to; where that is 0, nothing of the target is below it."""
+        self.log_mass[node], self.log_kept[node] = log_mass, log_kept
+        if self.n_children[node] == 0:
+            self.log_unexplored[node] = log_mass
+        self.outside[node] |= log_mass == -math.inf
+        total, count = self._masses.get(self.depth[node], (0.0, 0))
+        self._masses[self.depth[node]] = total + math.exp(log_mass), count + 1
+
+    def usual_log_mass(self, depth: int) -> float:
+        """log of the mean sum of weights after the nodes of this depth; 0 where nothing is known."""
+        total, count = self._masses.get(depth, (0.0, 0))
+        return math.log(total / count) if total > 0 else 0.0
 
     def children(self, node: int) -> Iterator[int]:
         """Children in the order they were added."""
@@ -95,8 +124,14 @@ class Tree:
         return tuple(self.token[n] for n in self.path(node))
 
     def log_probs(self, node: int) -> tuple[float, ...]:
-        """log p of each token up to and including `node`, nats."""
-        return tuple(self.log_p[n] for n in self.path(node))
+        """The model's own log p of each token up to and including `node`, nats."""
+        if not self._measured:  # the weights are p
+            return tuple(self.log_p[n] for n in self.path(node))
+        return tuple(self.own_log_p(n) for n in self.path(node))
+
+    def own_log_p(self, node: int) -> float:
+        """The model's own log p of `node`'s token, nats; 0 for the root."""
+        return self.log_p[node] / self.power + self.log_kept[self.parent[node]] if node != ROOT else 0.0
 
     def log_prob(self, node: int) -> float:
         """log p(tokens up to `node` | prompt), nats."""
@@ -125,7 +160,7 @@ class Tree:
         return {
             "parent": list(self.parent),
             "token": list(self.token),
-            "log_p": finite(self.log_p),
+            "log_p": finite(array("d", map(self.own_log_p, range(len(self))))),
             "log_unexplored": finite(self.log_unexplored),
             "terminal": list(self.terminal),
             "reward": finite(self.reward),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from dts.errors import DTSError, UnavailableError, UsageError
 from dts.evaluation.experiment.config import (
     ENGINES,
+    ORDERS,
     QUANTIZATIONS,
     WANDB_MODES,
     ExperimentConfig,
@@ -89,7 +90,10 @@ def _add_what(group: Any, defaults: dict[str, Any]) -> None:
 
 def _add_how(group: Any, defaults: dict[str, Any]) -> None:
     add = _adder(group, defaults)
-    add("--reward-scale", type=float, metavar="X", help="lambda of the target p(x) exp(lambda r(x))")
+    add("--reward-scale", type=float, metavar="X", help="lambda of the target p(x)^power exp(lambda r(x))")
+    add("--power", type=float, metavar="X", help="of p in the target; above 1 it sharpens the model")
+    add("--order", metavar="NAME", help=f"{', '.join(ORDERS)}: what maxent and maxent-star rank completions by")
+    add("--require-eos", action="store_true", help="texts that --max-tokens cut are not in the target, and rank last")
     add("--temperature", type=float, metavar="X", help="of the model's distribution p")
     add("--top-k", type=int, metavar="N", help="keep the k likeliest tokens in p")
     add("--top-p", type=float, metavar="X", help="keep the likeliest tokens that hold this share of p")

@@ -2,6 +2,7 @@
 
     dts decode "Use the words: rain, window." --reward prompt-keywords
     echo "Once upon a time" | dts decode --reward rewards.py:mine --method maxent-star --json
+    dts decode "A colour as JSON:" --json-schema colour.json
 
 A reward is a function of the text (a file of yours, or a module) or one of the names below.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dts.constraints import Constraint, JsonSchema, Regex
 from dts.errors import DTSError, UsageError
 from dts.results import Result
 from dts.rewards import Reward
@@ -44,6 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rollouts", type=int, default=16, metavar="N", help="finished completions (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of a completion (default: 48)")
     parser.add_argument("--reward-scale", type=float, default=4.0, metavar="X", help="lambda (default: 4)")
+    parser.add_argument("--power", type=float, default=1.0, metavar="X",
+                        help="of p in the target; above 1 it sharpens the model (default: 1)")  # fmt: skip
+    parser.add_argument("--order", default="reward", metavar="NAME",
+                        help="reward, likelihood or target: what the best completion is (default: reward)")  # fmt: skip
+    parser.add_argument("--require-eos", action="store_true", help="texts that the length limit cut rank last")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="every completion is JSON that is valid under this schema")
+    form.add_argument("--regex", metavar="PATTERN", help="every completion matches this as a whole (syntax of Rust)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -66,14 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _decode(options: argparse.Namespace) -> Result:
     """What can be checked is checked before the model is loaded."""
     import dts
+    from dts.search import aimed
 
     method = find_method(options.method)(options.rollouts, options.reward_scale)
+    method = aimed(method, options.power, options.order)
     reward = None if options.reward is None else find_reward(options.reward)
+    constraint = find_constraint(options.json_schema, options.regex)
     prompt = read_prompt(options.prompt)
     lm = dts.load(options.model)
     return dts.decode(
-        lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed
-    )
+        lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed,
+        require_eos=options.require_eos, constraint=constraint,
+    )  # fmt: skip
 
 
 def find_method(name: str) -> Callable[[int, float], Any]:
@@ -83,6 +97,18 @@ def find_method(name: str) -> Callable[[int, float], Any]:
     if plain not in METHODS:
         raise UsageError(f"--method {name} is not known: {_nearest(plain, METHODS)}choose from {', '.join(METHODS)}")
     return METHODS[plain]
+
+
+def find_constraint(json_schema: str | None, regex: str | None) -> Constraint | None:
+    """The constraint of a file with a JSON schema, or of a regular expression."""
+    if regex is not None:
+        return Regex(regex)
+    if json_schema is None:
+        return None
+    try:
+        return JsonSchema(Path(json_schema).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--json-schema {json_schema} cannot be read: {error}") from error
 
 
 def find_reward(name: str) -> Reward | Callable[..., Any]:
@@ -134,7 +160,8 @@ def as_json(result: Result) -> dict[str, Any]:
     best = result.best
     return {
         "text": best.text, "reward": best.reward, "logprob": best.logprob, "finished_by": best.finished_by,
-        "method": result.method, "rollouts": len(result.rollouts), "usage": result.usage.as_dict(),
+        "method": result.method, "target": None if result.target is None else str(result.target),
+        "rollouts": len(result.rollouts), "usage": result.usage.as_dict(),
     }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """The algorithms: one search loop, injected policies."""
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from dts.search.beam import Beam
 from dts.search.consensus import SelfConsistency
@@ -33,6 +35,14 @@ METHODS: dict[str, Callable[[int, float], Method]] = {
 }
 """Names of the command line: from number of rollouts and reward scale to a method."""
 
+
+def aimed(method: Any, power: float = 1.0, order: str = "reward") -> Any:
+    """The method with this power of p in its target, and this order of completions, as far as it knows them."""
+    known = {field.name for field in fields(method)} if is_dataclass(method) else set()
+    wanted = {"power": power, "order": order}
+    return replace(method, **{name: value for name, value in wanted.items() if name in known})
+
+
 __all__ = [
     "MCTS",
     "METHODS",
@@ -52,5 +62,6 @@ __all__ = [
     "Search",
     "SelfConsistency",
     "ValueModel",
+    "aimed",
     "run",
 ]

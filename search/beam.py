@@ -138,7 +138,7 @@ class Beam:
     def _select(self, search: Search, records: Records, group: _Group, nodes: Sequence[int]) -> None:
         """Keep the best prefixes and the sequences that ended among the best; stop where neither can improve."""
         tree, size = search.tree, self.width // self.groups
-        ranked = self._ranked(search, nodes)
+        ranked = self._ranked(search, [node for node in nodes if tree.terminal[node] or not tree.outside[node]])
         ended = [(node, score) for node, score in ranked[:size] if tree.terminal[node]]
         if self.segment == 1:  # drawn ones were recorded when they ended
             records.add([node for node, _ in ended])

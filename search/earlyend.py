@@ -89,7 +89,7 @@ class _Reader:
     def read(self, tree: Tree, node: int) -> None:
         new = []
         while tree.depth[node] > self.depth:
-            new.append(tree.log_p[node])
+            new.append(tree.own_log_p(node))
             node = tree.parent[node]
         for log_p in reversed(new):
             self.sums.append(self.sums[-1] + log_p)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from dts.results import Estimate
-from dts.search.readings import Reading, answer
+from dts.search.readings import Reading, answer, measure
 from dts.settings import Budget
+from dts.tree import ROOT
 
 if TYPE_CHECKING:
     from dts.search.search import Search
@@ -74,7 +75,8 @@ class GeneratorRun:
         estimate: Callable[[], Estimate | None] | None = None,
         cut: Sequence[int] = (),
     ) -> None:
-        self._search, self._steps, self._rank, self._estimate, self._cut = search, steps, rank, estimate, cut
+        self._search, self._rank, self._estimate, self._cut = search, rank, estimate, cut
+        self._steps = measuring(search, steps) if search.weighs else steps
         self._next: list[Sequence[int] | Reading | Exception | None] = []  # of the steps, for `ask`
         self._cut_short = True  # until the generator ends by itself and says otherwise
 
@@ -108,12 +110,30 @@ class GeneratorRun:
         return Outcome(ranked, self._cut_short, self._estimate() if self._estimate else None, tuple(self._cut))
 
 
+def measuring(search: Search, steps: Steps) -> Steps:
+    """The same steps, with the masses of new rows of weights noted in the tree as soon as they are there."""
+    yield from measure(search, [ROOT])
+    while True:
+        try:
+            wanted = next(steps)
+        except StopIteration as end:
+            return bool(end.value)
+        yield wanted
+        if not isinstance(wanted, Reading):
+            yield from measure(search, wanted)
+
+
 def by_reward(search: Search) -> list[int]:
     """Scored leaves by reward, the likeliest of equals first."""
     return ranked_by(search, lambda leaf: ())
 
 
 def ranked_by(search: Search, key: Callable[[int], tuple[float, ...]]) -> list[int]:
-    """Scored leaves by a key, highest first; equal ones by reward, then by likelihood, then in order of finishing."""
+    """Scored leaves by a key, highest first; equal ones by reward, then by likelihood, then in order of finishing.
+    Those that are not in the target come last."""
     tree = search.tree
-    return sorted(tree.leaves(), key=lambda leaf: (*key(leaf), tree.reward[leaf], tree.log_prob(leaf)), reverse=True)
+    return sorted(
+        tree.leaves(),
+        key=lambda leaf: (search.belongs(leaf), *key(leaf), tree.reward[leaf], tree.log_prob(leaf)),
+        reverse=True,
+    )

@@ -11,6 +11,10 @@ Copies are alike until they grow apart. Metropolis-Hastings moves after a resamp
 the place of s with probability min(1, exp(lambda (g(s') - g(s)))): p is in the target and in the proposal and cancels.
 So p(s) exp(lambda g(s)) among the prefixes under way stays what the particles are weighted samples of, and one that
 ended before the others were there is refused. Weights, and the expectation of Z's estimate, stay as they are.
+
+Where the target has weights that do not sum to 1 (`dts.target`), a token is drawn in proportion to its weight and the
+particle takes the sum of the row into its own weight, and into g of a move. One that comes to a dead end has weight 0
+until it is resampled.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from dts.search.sampling import check_size
 from dts.search.segments import Records, Segment, check_segment, grow, worth
 from dts.settings import Budget, check_real, check_whole
 from dts.softvalue import log_factor
+from dts.target import Target
 from dts.tree import ROOT
 
 if TYPE_CHECKING:
@@ -45,8 +50,9 @@ class ParticleFilter:
     way falls below this. entropic: resample by tempered weights (entropic annealing of arXiv 2510.05825, with the
     weights corrected for it, so that Z stays unbiased). segment: None resamples at any token, by what the reward has
     earned; a number of tokens or a string resamples where such a segment ends, and there a reward that knows nothing
-    before the end is asked about the text so far. moves: Metropolis-Hastings moves of each particle under way after
-    each resampling; what they forward is counted.
+    before the end is asked about the text so far. power: the target is p^power exp(lambda r) (power sampling, arXiv
+    2510.14901). moves: Metropolis-Hastings moves of each particle under way after each resampling; what they forward
+    is counted.
     """
 
     n: int
@@ -55,15 +61,21 @@ class ParticleFilter:
     ess_threshold: float = 0.5
     entropic: bool = False
     segment: Segment | None = None
+    power: float = 1.0
     moves: int = 0
 
     def __post_init__(self) -> None:
         check_size("n", self.n)
-        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        Target(self.reward_scale, self.power)  # checks both
         check_real("ess_threshold", self.ess_threshold, lambda x: 0 <= x <= 1, "a share from 0 to 1")
         if self.segment is not None:
             check_segment(self.segment)
         check_whole("moves", self.moves, 0, allowed="a whole number >= 0")
+
+    @property
+    def target(self) -> Target:
+        """Without what the settings of `decode` add to it."""
+        return Target(self.reward_scale, self.power)
 
     @property
     def name(self) -> str:
@@ -103,6 +115,8 @@ class _Particles:
             self._live = self._live[~ended]
             for i in self._live:
                 self._steps[i].append(self._paths[i].node)
+            if (self._log_weight[self._live] == -math.inf).all():
+                self._live = self._live[:0]
             if len(self._live) and _effective_share(self._log_weight[self._live]) < self._settings.ess_threshold:
                 self._resample()
                 for _ in range(self._settings.moves):
@@ -112,7 +126,9 @@ class _Particles:
     def _reweight(self) -> None:
         """Replace the twist of the prefix that each particle had by that of the prefix it has now."""
         log_now = np.array(self._log_twists([self._paths[i].node for i in self._live]))
-        self._log_weight[self._live] += log_now - self._log_twist[self._live]
+        lost = log_now == -math.inf
+        self._log_weight[self._live[lost]] = -math.inf
+        self._log_weight[self._live[~lost]] += (log_now - self._log_twist[self._live])[~lost]
         self._log_twist[self._live] = log_now
 
     def _resample(self) -> None:
@@ -146,7 +162,7 @@ class _Particles:
             return  # some may be half way
         whole = np.array([row for row, path in enumerate(paths) if not search.tree.terminal[path.node]], int)
         log_new = np.array(self._log_twists([paths[row].node for row in whole]))
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # a particle at a dead end
             accepted = np.log(self._chance.random(len(whole))) < log_new - self._log_twist[live[whole]]
         self._log_twist[live[whole[accepted]]] = log_new[accepted]
         for row in whole[accepted]:
@@ -154,6 +170,17 @@ class _Particles:
 
     def _log_twists(self, nodes: Sequence[int]) -> list[float]:
         """lambda times the reward at an end, times what is known at a prefix; 0 where nothing is."""
+        outside = self._search.tree.outside
+        inside = [node for node in nodes if not outside[node]]
+        twists = dict(zip(inside, self._log_values(inside), strict=True))
+        return [twists[node] + self._log_mass(node) if node in twists else -math.inf for node in nodes]
+
+    def _log_mass(self, node: int) -> float:
+        """log of the product of the sums of the rows that the tokens up to `node` were drawn from."""
+        tree = self._search.tree
+        return math.fsum(tree.log_mass[tree.parent[n]] for n in tree.path(node)) if self._search.weighs else 0.0
+
+    def _log_values(self, nodes: Sequence[int]) -> list[float]:
         tree, scale = self._search.tree, self._settings.reward_scale
         if scale == 0:
             return [0.0] * len(nodes)
@@ -174,8 +201,12 @@ class _Particles:
             {
                 leaf: logsumexp((self._log_weight[leaves == leaf] - math.log(count)).tolist())
                 for leaf in np.unique(leaves).tolist()
+                if self._search.belongs(leaf)
             },
         )
+
+
+NOTHING = "no completion in the target was found: raise the budget, max_new_tokens, or the number of particles"
 
 
 def weighted(search: Search, log_weights: Mapping[int, float]) -> Estimate:
@@ -184,6 +215,8 @@ def weighted(search: Search, log_weights: Mapping[int, float]) -> Estimate:
     log_z = logsumexp(logs)
 
     def sample(k: int, seed: int) -> list[Completion]:
+        if not leaves:
+            raise RuntimeError(NOTHING)
         uniforms = np.random.default_rng([seed, 1]).random(k)
         return [search.completion(draw(leaves, logs, uniform)) for uniform in uniforms]
 

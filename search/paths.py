@@ -29,6 +29,7 @@ class Path:
     node: int = ROOT
     left_at: int | None = None  # depth where it left the tree that was there; None while it still follows it
     note: Any = None  # of its policy, and read by nobody else
+    first: bool = False  # it chooses before the others in each step
 
 
 class Policy(Protocol):
@@ -56,6 +57,9 @@ class Policy(Protocol):
     def learn(self, path: Path) -> None:
         """A path ended at the scored leaf that is its node."""
 
+    def lose(self, path: Path) -> None:
+        """A path ended at a node that leads to nothing of the target, and is no completion."""
+
 
 class Plain:
     """What most policies do: draw new children from p, prune nothing, learn nothing."""
@@ -80,6 +84,9 @@ class Plain:
     def learn(self, path: Path) -> None:
         pass
 
+    def lose(self, path: Path) -> None:
+        pass
+
 
 def rollouts(search: Search, policy: Policy) -> Steps:
     """Walk paths until the budget is used up or the whole space is finished."""
@@ -90,7 +97,11 @@ def rollouts(search: Search, policy: Policy) -> Steps:
 
     def end(ended: list[Path]) -> None:
         finished = [path for path in ended if search.tree.terminal[path.node]]
-        pruned.extend(path for path in ended if not search.tree.terminal[path.node])
+        unfinished = [path for path in ended if not search.tree.terminal[path.node]]
+        pruned.extend(unfinished)
+        for path in unfinished:
+            if search.tree.outside[path.node]:
+                policy.lose(path)
         recorded = len(search.rollouts)
         try:
             search.record([path.node for path in finished], [_left_tree_at(search, path) for path in finished])
@@ -104,6 +115,7 @@ def rollouts(search: Search, policy: Policy) -> Steps:
         new = room if limit is None else min(room, limit - launched)
         paths += [Path(search.rng(streams + i)) for i in range(new)]
         launched, streams = launched + new, streams + new
+        paths.sort(key=lambda path: not path.first)
         under_way, before = len(paths), len(search.rollouts)
         paths = yield from advance(search, policy, paths, end)
         if search.exhausted():
@@ -142,7 +154,7 @@ def advance(
             yield from _expand(search, policy, expanding)
         ended = stopped[Choice.PRUNED]
         for path in stopped[None] + expanding:
-            over = search.tree.terminal[path.node] or policy.prunes(path)
+            over = search.tree.terminal[path.node] or search.tree.outside[path.node] or policy.prunes(path)
             (ended if over else waiting).append(path)
         if ended:
             end(ended)
@@ -159,6 +171,9 @@ def _descend(search: Search, policy: Policy, path: Path, busy: set[int]) -> Choi
     that is busy (LATER)."""
     tree = search.tree
     while not tree.terminal[path.node] and search.evaluated(path.node):
+        if tree.outside[path.node]:
+            path.left_at = _left_tree_at(search, path)  # it is spent, although it may have drawn no new token
+            return Choice.PRUNED
         if path.node in busy:
             return Choice.LATER
         if path.node == ROOT:

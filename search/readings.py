@@ -16,6 +16,7 @@ import torch
 
 from dts.errors import ModelError
 from dts.lm import LanguageModel
+from dts.search.weights import Members, weigh
 from dts.settings import Decoding
 from dts.tree import Tree
 
@@ -31,6 +32,9 @@ class Readable(Protocol):
     lm: LanguageModel
     decoding: Decoding
     tree: Tree
+    members: Members | None  # of the constraint
+    weighs: bool  # whether its rows are weights other than p (`dts.search.weights`)
+    masks: bool  # whether rows are normalised after a constraint took tokens out
 
     def logits(self, nodes: Sequence[int]) -> torch.Tensor:
         """What the model and the logits processors say after these evaluated nodes, [len(nodes), V]."""
@@ -38,8 +42,14 @@ class Readable(Protocol):
     def unread(self, nodes: Sequence[int]) -> list[int]:
         """Those of these nodes whose p is not kept, each once."""
 
-    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int) -> None:
-        """Keep p of these nodes: rows of `p` [B, V], from `first` on."""
+    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int, log_kept: torch.Tensor | None) -> None:
+        """Keep p of these nodes: rows of `p` [B, V], from `first` on; with `log_kept` [B], see `weigh`."""
+
+    def log_kept(self, nodes: Sequence[int]) -> torch.Tensor:
+        """See `weigh`; zeros where rows are not normalised, [len(nodes)]."""
+
+    def measured(self, nodes: Sequence[int], masses: Sequence[Sequence[float]]) -> None:
+        """What a `Measure` read."""
 
     def read(self, nodes: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Where p of these nodes is kept: a tensor [B, V] and a row of it."""
@@ -77,13 +87,18 @@ class Top:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The sum of the weights. Read: its log, and the log of the p-mass that a mask kept."""
+
+
 @dataclass(slots=True, eq=False)
 class Reading:
     """What one search asks of p after some evaluated nodes. `answer` fills it in."""
 
     search: Readable
     nodes: Sequence[int]
-    wanted: Draw | Likeliest | Top
+    wanted: Draw | Likeliest | Top | Measure
     rows: list[list[float]] | None = None  # by node
     error: Exception | None = None
 
@@ -128,6 +143,13 @@ def top(search: Readable, nodes: Sequence[int], count: int) -> Readings[list[lis
             for row in reading.result()]  # fmt: skip
 
 
+def measure(search: Readable, nodes: Sequence[int]) -> Readings[None]:
+    """Note in the tree what the weights after these nodes, which were just evaluated, sum to."""
+    reading = Reading(search, nodes, Measure())
+    yield reading
+    search.measured(nodes, reading.result())
+
+
 def alone(steps: Readings[T]) -> T:
     """Run to the end, with each reading answered by itself."""
     while True:
@@ -151,7 +173,7 @@ def answer(readings: Sequence[Reading]) -> None:
 
 
 def _answer(readings: Sequence[Reading]) -> None:
-    kinds: dict[Likeliest | Top | type[Draw], list[Reading]] = {}
+    kinds: dict[Likeliest | Top | Measure | type[Draw], list[Reading]] = {}
     for reading in readings:
         kind = Draw if isinstance(reading.wanted, Draw) else reading.wanted
         kinds.setdefault(kind, []).append(reading)
@@ -180,8 +202,8 @@ def _parts(group: Sequence[Reading]) -> Iterator[list[Reading]]:
 
 
 def distributions(asked: Sequence[tuple[Readable, Sequence[int]]]) -> torch.Tensor:
-    """p in float64 after these evaluated nodes of each search, [B, V]; not to be written to. All have equal settings
-    but for their seeds."""
+    """p in float64 after these evaluated nodes of each search, or their weights, [B, V]; not to be written to. All have
+    equal settings but for their seeds."""
     missing = [(search, new) for search, nodes in asked if (new := search.unread(nodes))]
     if missing:
         _softmax(missing)
@@ -203,9 +225,10 @@ def _softmax(missing: Sequence[tuple[Readable, Sequence[int]]]) -> None:
     some = missing[0][0]
     forbidden = early, sorted(some.lm.eos_ids)
     p = some.decoding.probabilities(logits[0] if len(logits) == 1 else torch.cat(logits), forbidden)
+    p, log_kept = weigh(p, missing) if any(search.weighs for search, _ in missing) else (p, None)
     first = 0
     for search, nodes in missing:
-        search.keep(nodes, p, first)
+        search.keep(nodes, p, first, log_kept)
         first += len(nodes)
 
 
@@ -218,6 +241,9 @@ def _columns(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
     if isinstance(wanted, Top):
         values, tokens = p.topk(wanted.count, dim=-1)
         return torch.cat([values.log(), tokens.double()], dim=-1)
+    if isinstance(wanted, Measure):
+        kept = torch.cat([reading.search.log_kept(reading.nodes) for reading in readings])
+        return torch.stack([p.sum(-1).log(), kept.to(p.device)], dim=-1)
     mass = _outside(readings, p)
     if isinstance(wanted, Likeliest):
         return _chosen(readings, p, mass, mass.argmax(-1, keepdim=True))

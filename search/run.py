@@ -34,5 +34,5 @@ def conclude(search: Search, outcome: Outcome, name: str) -> Result:
     search.end()
     return Result(
         completions, search.rollouts, search.usage, search.tree, name, outcome.cut_short, outcome.estimate,
-        tuple(outcome.cut),
+        tuple(outcome.cut), search.target,
     )  # fmt: skip

@@ -26,7 +26,7 @@ class Ancestral(Plain):
         tree, node = self.search.tree, path.node
         if not tree.n_children[node]:
             return Choice.EXPAND
-        u = path.rng.random()
+        u = path.rng.random() * math.exp(tree.log_mass[node])
         last: int | Choice = Choice.EXPAND
         for child in tree.children(node):
             u -= math.exp(tree.log_p[child])

@@ -14,15 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from dts.errors import ModelError
+from dts.errors import ModelError, UsageError, shown
 from dts.lm import PROMPT_SLOT, LanguageModel, Session
 from dts.processors import Processors
 from dts.results import Completion, Rollout
 from dts.rewards import Context, Finished, Reward, State
-from dts.search.readings import alone, distributions, draw, most_likely
+from dts.search.readings import alone, distributions, draw, measure, most_likely
 from dts.search.scoring import BudgetSpent, Scoring
+from dts.search.weights import Members
 from dts.settings import Budget, Decoding
 from dts.stops import Stops, special_tokens
+from dts.target import Target
 from dts.tree import NONE, ROOT, Tree
 
 
@@ -39,16 +41,24 @@ class Search:
         budget: Budget,
         batch_size: int,
         on_rollout: Callable[[Rollout], None] | None = None,
+        target: Target | None = None,
     ) -> None:
+        """target: of the method, if it has one."""
         self.lm, self.session, self.reward, self.decoding = lm, session, reward, decoding
         self.budget, self.batch_size, self._on_rollout = budget, batch_size, on_rollout
-        self.tree, self.usage = Tree(), session.usage
+        self.members = Members(decoding.constraint, lm, session.usage) if decoding.constraint is not None else None
+        self.masks = (decoding.constraint_mode or ("mask" if target is None else "condition")) == "mask"
+        self.target = None if target is None else target.among(decoding, masked=self.masks)
+        power = target.row_power if target else 1.0
+        self.weighs = power != 1 or self.members is not None  # rows are weights other than p
+        self.tree, self.usage = Tree(power, measured=self.weighs), session.usage
         self.rollouts: list[Rollout] = []
         self._decode, self._prompt_ids = context.decode, context.prompt_ids
         self._finished_by: dict[int, str] = {}
         self._scoring, self._started = Scoring(reward, self.usage), time.perf_counter()
         self._states: list[State] = [self._scoring.start(context)]  # reward state by node
         self._rows: dict[int, tuple[torch.Tensor, int]] = {}  # p by node, kept until the next forward call
+        self._log_kept: dict[int, tuple[torch.Tensor, int]] = {}  # see `weigh`, kept as long
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
@@ -76,6 +86,7 @@ class Search:
     def forget(self) -> None:
         """Let go of what is kept between two forward calls."""
         self._rows.clear()
+        self._log_kept.clear()
         self._ahead.clear()
 
     def end(self) -> None:
@@ -88,9 +99,10 @@ class Search:
         return self.tree.slot[node] != NONE
 
     def probabilities(self, nodes: Sequence[int]) -> torch.Tensor:
-        """p(. | node) in float64, [len(nodes), V], of evaluated nodes. Not to be written to."""
+        """p(. | node) in float64, [len(nodes), V], of evaluated nodes, or the weights of the target. Not to be written
+        to."""
         p = distributions([(self, nodes)])
-        wrong = p[:, 0].isnan()  # softmax makes the whole row NaN
+        wrong = p.isnan().any(-1) if self.weighs else p[:, 0].isnan()  # softmax makes the whole row NaN
         if wrong.any():
             raise self.no_distribution(nodes[int(wrong.nonzero()[0, 0])])
         return p
@@ -106,9 +118,34 @@ class Search:
         """Those of these nodes whose p is not kept, each once."""
         return [n for n in dict.fromkeys(nodes) if n not in self._rows]
 
-    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int) -> None:
-        """Keep p of these nodes until the next forward call: rows of `p` [B, V], from `first` on."""
+    def keep(self, nodes: Sequence[int], p: torch.Tensor, first: int, log_kept: torch.Tensor | None = None) -> None:
+        """Keep p of these nodes until the next forward call: rows of `p` [B, V], from `first` on; with `log_kept` [B],
+        see `weigh`."""
         self._rows.update((node, (p, first + index)) for index, node in enumerate(nodes))
+        if log_kept is not None:
+            self._log_kept.update((node, (log_kept, first + index)) for index, node in enumerate(nodes))
+
+    def log_kept(self, nodes: Sequence[int]) -> torch.Tensor:
+        """See `weigh`; zeros where rows are not normalised, [len(nodes)]."""
+        found = [self._log_kept.get(node) for node in nodes]
+        return torch.stack([torch.zeros((), dtype=torch.double) if one is None else one[0][one[1]] for one in found])
+
+    def measured(self, nodes: Sequence[int], masses: Sequence[Sequence[float]]) -> None:
+        """The weights after these nodes, which were just evaluated, sum to this: its log, and that of the p-mass which
+        a mask kept. Raises `UsageError` where nothing may follow the prompt."""
+        for node, (log_mass, log_kept) in zip(nodes, masses, strict=True):
+            self.tree.measure(node, log_mass, log_kept)
+        if self.tree.outside[ROOT]:
+            raise UsageError(
+                f"constraint={shown(self.decoding.constraint)} allows no token after this prompt that the model may "
+                "write; look at the constraint, min_new_tokens, top_k and top_p"
+            )
+
+    def measure(self, nodes: Sequence[int]) -> None:
+        """Note in the tree what the weights after these nodes, which were just evaluated, sum to. Runs that are made of
+        steps (`GeneratorRun`) do so by themselves."""
+        if self.weighs and nodes:
+            alone(measure(self, nodes))
 
     def read(self, nodes: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Where p of these nodes is kept: a tensor [B, V] and a row of it."""
@@ -165,7 +202,8 @@ class Search:
         """The children of `nodes` with these new tokens; equal ones are one child. log_p: of the tokens. rest: log of
         the mass that stays outside the children."""
         pairs = list(zip(nodes, tokens, strict=True))
-        new = {pair: (log, min(left, 0.0)) for pair, log, left in zip(pairs, log_p, rest, strict=True)}
+        most = math.inf if self.weighs else 0.0
+        new = {pair: (log, min(left, most)) for pair, log, left in zip(pairs, log_p, rest, strict=True)}
         child_of = dict(zip(new, self._add(new), strict=True))
         return [child_of[pair] for pair in pairs]
 
@@ -183,7 +221,8 @@ class Search:
             outside = p.clone()
             for node, i in row.items():
                 outside[i, held[node]] = 0.0
-            rest = [min(mass, 0.0) for mass in outside.sum(-1).log().tolist()]
+            most = math.inf if self.weighs else 0.0
+            rest = [min(mass, most) for mass in outside.sum(-1).log().tolist()]
             log_p = p[[row[node] for node, _ in new], [token for _, token in new]].log().tolist()
             entries = {pair: (lp, rest[row[pair[0]]]) for pair, lp in zip(new, log_p, strict=True)}
             child_of.update(zip(new, self._add(entries), strict=True))
@@ -195,13 +234,21 @@ class Search:
         states = self._states_after(list(new))
         self._states.extend(states)
         self._bound(children, states)
+        if self.members is not None:
+            self.members.extend([parent for parent, _ in new], [token for _, token in new])
         for child in children:
             reason = self._complete(child)
             if reason:
-                tree.terminal[child] = 1
-                self._finished_by[child] = reason
+                self._end_at(child, reason)
         self.usage.generated_tokens += len(children)
         return children
+
+    def _end_at(self, node: int, reason: str) -> None:
+        """A sequence is complete, or leads nowhere: one that is no member of the constraint is no completion."""
+        tree, member = self.tree, self.members is None or reason == "eos" or self.members.accepts(node)
+        self._finished_by[node] = reason
+        tree.terminal[node] = member
+        tree.outside[node] = not member or (self.decoding.require_eos and reason == "length")
 
     def _bound(self, nodes: Sequence[int], states: Sequence[State]) -> None:
         """Write what the reward says of these nodes into the tree."""
@@ -271,9 +318,9 @@ class Search:
             for node, token in pairs:
                 tried.setdefault(node, []).append(token)
             for (node, tokens), row in zip(tried.items(), self.probabilities(list(tried)), strict=True):
-                before = self.tree.log_probs(node)
+                before, kept = self.tree.log_probs(node), self.tree.log_kept[node]
                 for token, log in zip(tokens, row[tokens].log().tolist(), strict=True):
-                    log_p[node, token] = (*before, log)
+                    log_p[node, token] = (*before, log / self.tree.power + kept)
         ids = [(*self.tree.tokens(node), token) for node, token in pairs]
         return [Finished(row, self._text(row), log_p.get(pair, ())) for row, pair in zip(ids, pairs, strict=True)]
 
@@ -311,6 +358,18 @@ class Search:
         reason, log_probs = self._finished_by[leaf], tree.log_probs(leaf)
         return Completion(done.text, done.token_ids, tree.reward[leaf], tree.log_prob(leaf), reason, log_probs)
 
+    def check_members(self) -> None:
+        """Everything was tried. Raises `UsageError` where a constraint was given and no completion is in it."""
+        if self.members is not None and not self.tree.leaves():
+            raise UsageError(
+                f"constraint={shown(self.decoding.constraint)} holds for no completion of up to max_new_tokens="
+                f"{self.decoding.max_new_tokens} tokens that the model may write; raise max_new_tokens or loosen it"
+            )
+
+    def belongs(self, leaf: int) -> bool:
+        """Whether a scored leaf is in the target."""
+        return not self.tree.outside[leaf]
+
     # -- budget ----------------------------------------------------------------------------------------------------
 
     def exhausted(self, next_tokens: int = 0) -> bool:
@@ -333,6 +392,7 @@ class Search:
         other.budget, other._scoring = Budget(), Scoring(self.reward, self.usage)
         other.tree = self.tree.copy()
         other.rollouts, other._states = list(self.rollouts), list(self._states)
-        other._finished_by, other._rows, other._ahead = dict(self._finished_by), {}, {}
+        other._finished_by, other._rows, other._log_kept, other._ahead = dict(self._finished_by), {}, {}, {}
+        other.members = self.members.copy() if self.members is not None else None
         other._stops, other._process = self._stops.copy(), self._process.copy()
         return other

@@ -41,17 +41,21 @@ def grow(
 ) -> Iterator[Sequence[int] | Reading]:
     """Move every path to the end of its next segment by draws from p. Paths that end are recorded as they do, where
     there are records."""
+    tree = search.tree
     ends = {id(path): _segment_end(search, path.node, segment) for path in paths}
-    moving = list(paths)
+    moving = [path for path in paths if not tree.outside[path.node]]
     while moving and not search.exhausted():
         yield from evaluate(search, [path.node for path in moving])
+        moving = [path for path in moving if not tree.outside[path.node]]
         yield from _one_token(search, moving)
         if records is not None:
-            records.add([path.node for path in moving if search.tree.terminal[path.node]])
+            records.add([path.node for path in moving if tree.terminal[path.node]])
         moving = [
             path
             for path in moving
-            if not search.tree.terminal[path.node] and _position(search, path.node, segment) < ends[id(path)]
+            if not tree.terminal[path.node]
+            and not tree.outside[path.node]
+            and _position(search, path.node, segment) < ends[id(path)]
         ]
 
 

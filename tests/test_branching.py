@@ -204,7 +204,7 @@ def test_over_long_texts_paths_branch_late_where_the_last_tokens_decide():
     case = instance(0, vocab_size=6, horizon=1, eos=None)
     depths = {}
     for branch in ("values", "improvement"):
-        method = MaxEnt(60, search="best", branch=branch, values=None)
+        method = MaxEnt(60, search="best", branch=branch, values=None, greedy=False)
         result = dts.decode(case.lm, PROMPT, reward=share, method=method, max_new_tokens=30, seed=0, batch_size=2)
         starts = [rollout.start_depth / rollout.length for rollout in result.rollouts]
         depths[branch] = float(np.mean([start > 0.25 for start in starts])), result.best.reward

@@ -8,15 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import Worded
 
 import dts
 from dts.__main__ import COMMANDS, main
 from dts.evaluation import decode
 from dts.evaluation.rewards.prompted import prompt_keywords
+from dts.models.table import TableModel, random_logits
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,6 +119,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tiny_lm: Any) -> list[str]:
     return names
 
 
+needs_llguidance = pytest.mark.skipif(find_spec("llguidance") is None, reason="needs the extra `constraints`")
 SMALL = ["--rollouts", "3", "--max-new-tokens", "6"]
 
 
@@ -159,6 +163,8 @@ def test_json_has_the_same_and_the_prompt_may_be_piped(
         (["x", "--reward", "math:pi"], "is float; give a function of the text"),
         (["x", "--method", "maxnet"], "--method maxnet is not known: did you mean maxent?"),
         (["x", "--rollouts", "0"], "rollouts"),
+        (["x", "--json-schema", "none.json"], "--json-schema none.json cannot be read"),
+        pytest.param(["x", "--regex", "a("], "unclosed group", marks=needs_llguidance),
         (["  "], "the prompt is empty"),
         (["a\udce9"], "the prompt is not UTF-8 text"),
     ],
@@ -169,6 +175,20 @@ def test_bad_input_is_one_line_before_any_model(
     assert main(["decode", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1 and loaded == []
+
+
+@needs_llguidance
+def test_a_schema_and_an_expression_become_constraints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bit.json").write_text('{"enum": [0, 1]}')
+    words = (b"0", b"1", b"2", b"x")
+    lm = Worded(TableModel(random_logits(5, 0), 5, eos=0), words)
+    lm.encode = lambda prompt, chat_template_kwargs=None: [1]
+    monkeypatch.setattr(dts, "load", lambda name: lm)
+    for options, texts in ((["--json-schema", str(tmp_path / "bit.json")], "01"), (["--regex", "x|2"], "2x")):
+        assert main(["decode", "a bit", "--json", *options, *SMALL]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] in texts
 
 
 def test_named_rewards_are_the_librarys() -> None:

@@ -30,6 +30,7 @@ MOST_UNRUN = 3
 # Pages with a test of their own, here or elsewhere, which says more than that their code runs.
 OWN_TEST = {
     "README.md": ["test_docs.py"],
+    "docs/constraints.md": ["test_docs.py"],
     "docs/performance.md": ["test_docs.py"],
     "docs/rewards.md": ["test_docs.py"],
     "docs/search.md": ["test_docs.py"],
@@ -115,8 +116,8 @@ def test_readme(tiny_lm, monkeypatch):
 
 
 def test_search_page_own_algorithm(tiny_lm):
-    worked_example, code = blocks("docs/search.md")
-    names = run(f"{worked_example}\n{code}")  # asserts its own numbers
+    *examples, code = blocks("docs/search.md")
+    names = run("\n".join([*examples, code]))  # asserts its own numbers
     result = dts.decode(tiny_lm, "Once", method=names["Importance"](3), reward=len, max_new_tokens=10)
     assert len(result.rollouts) == 3 and sum(result.shares.values()) == pytest.approx(1)
     assert math.isfinite(result.log_z) and result.usage.forwarded_tokens == result.usage.unique_tokens
@@ -152,6 +153,14 @@ def test_performance_page(tiny_lm):
     names = {"dts": dts, "lm": tiny_lm, "prompt": "Once", "reward": len, "MaxEnt": MaxEnt, "BestOfN": BestOfN}
     names = run(code.replace("(32)", "(3)"), **names)
     assert names["result"].usage.cached_tokens == len(names["kept"])
+
+
+def test_constraints_page(smollm, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(dts, "load", lambda name: smollm, raising=False)
+    (code,) = blocks("docs/constraints.md")
+    names = run(code)
+    assert set(names["weather"]) == {"city", "cold"} and names["result"].completions
 
 
 def test_grpo_quick_start(tmp_path, monkeypatch):

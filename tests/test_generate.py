@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from toys import Texts
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -336,6 +337,18 @@ def test_stop_strings_have_an_argument_of_their_own(tiny_lm, batch):
     out = run(tiny_lm, **batch, method=Sampling(1), do_sample=True, max_new_tokens=30, stop=stop)
     ended = tiny_lm.decode(out[1, batch["inputs"].shape[1] :].tolist())
     assert text.startswith(ended) and ended.index(stop) == len(ended) - 1
+
+
+def test_a_constraint_reaches_the_search(tiny_lm, batch):
+    members = [(70, 80, 90), (71, 81), (70, 82)]
+    constraint, width = Texts(members, tiny_lm.vocab_size), batch["inputs"].shape[1]
+    for method, mode in ((MaxEnt(6), None), (Sampling(2), "mask")):
+        options = {"do_sample": True, "top_k": 0, "constraint": constraint, "constraint_mode": mode}
+        out = run(tiny_lm, **batch, method=method, **options)
+        for row in out[:, width:].tolist():
+            assert tuple(token for token in row if token) in members
+    with pytest.raises(dts.UsageError, match="constraint_mode='no'"):
+        run(tiny_lm, **batch, method=MaxEnt(2), constraint=constraint, constraint_mode="no")
 
 
 def test_unknown_stopping_criteria_are_refused(tiny_lm):

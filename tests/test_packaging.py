@@ -84,11 +84,11 @@ def test_every_dependency_is_pinned_within_its_range():
     assert len(versions) == len(pins) and not any("+" in version for version in versions.values())
     described = project()
     extras = described["optional-dependencies"]
-    tested = [text for name in ("dev", "ray", "tensorboard", "train") for text in extras[name]]
+    tested = [text for name in ("constraints", "dev", "ray", "tensorboard", "train") for text in extras[name]]
     for text in [*described["dependencies"], *tested]:
         wanted = Requirement(text)
         if wanted.name == described["name"]:  # its own extras, which are in the list
-            assert wanted.extras == {"ray", "tensorboard", "train"}
+            assert wanted.extras == {"constraints", "ray", "tensorboard", "train"}
             continue
         assert wanted.specifier.contains(versions[normal(wanted.name)]), text
 
@@ -99,7 +99,10 @@ def test_the_lowest_versions_are_the_ones_that_were_tested():
     pins = {normal(pin.name): pin for pin in map(Requirement, (line for line in lines if not line.startswith("#")))}
     described = project()
     extras = described["optional-dependencies"]
-    wanted = [*described["dependencies"], *(text for name in ("ray", "tensorboard", "train") for text in extras[name])]
+    wanted = [
+        *described["dependencies"],
+        *(text for name in ("constraints", "ray", "tensorboard", "train") for text in extras[name]),
+    ]
     assert {normal(Requirement(text).name) for text in wanted} == set(pins)
     for text in wanted:
         if normal(Requirement(text).name) != "torch":

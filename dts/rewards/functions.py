@@ -41,7 +41,19 @@ class TerminalReward(Reward):
         return list(self._score(states[0], finished)) if finished else []
 
 
-NO_REWARD = TerminalReward(lambda context, finished: [0.0] * len(finished), "none", of_text=True)  # costs nothing
+class _Nothing(TerminalReward):
+    """0 for every completion, and known from the start: it costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda context, finished: [0.0] * len(finished), "none", of_text=True, partial=False)
+
+    def earned(self, states: Sequence[State]) -> list[float]:
+        return [0.0] * len(states)
+
+    upper = earned
+
+
+NO_REWARD = _Nothing()
 
 _MEMBERS = ("name", "monotone", "start", "extend", "earned", "upper", "finish")
 

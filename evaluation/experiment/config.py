@@ -16,6 +16,8 @@ from dts.yamlfile import read_yaml
 ENGINES = ("local", "ray")
 WANDB_MODES = ("online", "offline", "disabled")
 QUANTIZATIONS = ("8bit", "4bit")
+ORDERS = ("reward", "likelihood", "target")  # those of `MaxEnt`, whose imports are slow
+LARGEST_POWER = 32.0  # that of `dts.target`, likewise
 MOST = sys.float_info.max  # a larger integer has no float
 
 _LISTS = ("models", "datasets", "methods", "seeds")
@@ -39,7 +41,10 @@ class ExperimentConfig:
     num_rollouts: int = 10
     max_tokens: int = 50  # new tokens per completion
     data_seed: int = 0  # of the choice of examples, the same for every decoding seed
-    reward_scale: float = 4.0  # lambda of the target p(x) exp(lambda r(x))
+    reward_scale: float = 4.0  # lambda of the target p(x)^power exp(lambda r(x))
+    power: float = 1.0  # of p in the target, for methods that have one
+    order: str = "reward"  # what the best completion is, for methods that know several orders
+    require_eos: bool = False  # completions that the length limit cut are not in the target, and rank last
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -79,6 +84,11 @@ class ExperimentConfig:
             self._require(name, _are_seeds, "an integer from 0 to 4294967295")
         self._require("save_trees", lambda v: _is_int(v) and v >= 0, "an integer >= 0")
         self._require("reward_scale", lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
+        self._require(
+            "power", lambda v: _is_finite(v) and 0 < v <= LARGEST_POWER, f"a number > 0, up to {LARGEST_POWER:g}"
+        )
+        self._require("order", lambda v: v in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._require("require_eos", lambda v: isinstance(v, bool), "true or false")
         self._require("reward_timeout", lambda v: _is_finite(v) and v > 0, "a finite number of seconds > 0")
         self._require("temperature", lambda v: _is_finite(v) and v > 0, "a finite number > 0")
         self._require("top_p", lambda v: _is_finite(v) and 0 < v <= 1, "a number > 0 and <= 1")

@@ -62,6 +62,7 @@ def decoding(plan: Plan, job: Job) -> dict[str, Any]:
     return {
         "max_new_tokens": config.max_tokens, "temperature": config.temperature, "top_k": config.top_k,
         "top_p": config.top_p, "stop": plan.tasks[job.dataset].stop, "max_kv_bytes": config.max_kv_bytes,
+        "require_eos": config.require_eos,
     }  # fmt: skip
 
 
@@ -123,11 +124,11 @@ def rollout_record(head: Head, rollout: Rollout) -> RolloutRecord:
 
 def _shares(result: Result) -> list[float] | None:
     """The weight of each rollout as a sample of pi*, where the method estimates pi*; equal ones divide theirs."""
-    if result.estimate is None or result.estimate.shares is None:
+    if result.estimate is None or not result.estimate.shares:
         return None
     times = collections.Counter(rollout.leaf for rollout in result.rollouts)
     by_leaf = result.estimate.shares
-    return [by_leaf[rollout.leaf] / times[rollout.leaf] for rollout in result.rollouts]
+    return [by_leaf.get(rollout.leaf, 0.0) / times[rollout.leaf] for rollout in result.rollouts]
 
 
 def sample_record(about: Mapping[str, Any], result: Result) -> SampleRecord:

@@ -47,8 +47,13 @@ class Plan:
 
 def prepare(config: ExperimentConfig, backend: Backend) -> Plan:
     """Check the whole command. Raises `UsageError` or `UnavailableError`."""
+    from dts.search import aimed  # slow to import
+
     known = [known_method(name, backend.methods) for name in config.methods]
-    built = [backend.methods[name](config.num_rollouts, config.reward_scale) for name in known]
+    built = [
+        aimed(backend.methods[name](config.num_rollouts, config.reward_scale), config.power, config.order)
+        for name in known
+    ]
     specs = [backend.resolve(name, config.models_file) for name in config.models]
     loaded = [_load_task(name, config, backend) for name in config.datasets]
     _require_distinct("--models", config.models, [spec.name for spec in specs])

@@ -99,6 +99,15 @@ def of_earlier_version(cell: Cell) -> bool:
     return cell.get("tokens_reused") is None
 
 
+def _target(config: Mapping[str, Any]) -> str:
+    """What else the target and the order of completions were, where they were not the usual ones."""
+    power, order = config.get("power", 1.0), config.get("order", "reward")
+    parts = [f"power {power:g} of p"] if power != 1 else []
+    parts += [f"completions by {order}"] if order != "reward" else []
+    parts += ["only completions that EOS or a stop string ended"] if config.get("require_eos") else []
+    return "".join(f", {part}" for part in parts)
+
+
 def report(summary: RunSummary) -> str:
     """The run as Markdown that also reads well in a terminal."""
     state = " (partial: the run was interrupted)" if summary["partial"] else ""
@@ -108,7 +117,7 @@ def report(summary: RunSummary) -> str:
         f"# {summary['experiment']}{state}",
         "",
         f"{data}, {config['num_rollouts']} rollouts, at most {config['max_tokens']} new tokens, reward "
-        f"{', '.join(summary['rewards']) or '-'}, lambda {config['reward_scale']:g}, "
+        f"{', '.join(summary['rewards']) or '-'}, lambda {config['reward_scale']:g}{_target(config)}, "
         f"{_seeds(config['seeds'])}, {summary['seconds']:.1f} s in all.",
         "",
         *([f"**Oracle reward: {', '.join(summary['oracles'])}.** {WARNING}", ""] if summary.get("oracles") else []),

@@ -22,7 +22,8 @@ def tree_record(result: Result, decode: Callable[[Sequence[int]], str], *, max_n
 
     Columns, one entry per node, None where nothing is known: `created` (node id in the search), `parent` (row),
     `text` (what the token adds to the completion; "" for a special token or a part of a character), `log_p` (nats),
-    `terminal`, `unexplored` (probability of tokens that are not children), `reward`, `earned`, `upper`, and, where
+    `terminal`, `unexplored` (share of the tokens that are not children in what a draw
+    chooses from), `reward`, `earned`, `upper`, and, where
     the method keeps soft values, `value`, `visits`, `entered`. `rollouts` name their `leaf` by row.
 
     A tree above `max_nodes` is cut to the paths of its best rollouts; `nodes` and `rollouts_kept` say what is left.
@@ -37,9 +38,9 @@ def tree_record(result: Result, decode: Callable[[Sequence[int]], str], *, max_n
         "created": nodes,
         "parent": [row.get(tree.parent[node], NONE) for node in nodes],
         "text": _pieces(tree, nodes, decode),
-        "log_p": _rounded(tree.log_p[node] for node in nodes),
+        "log_p": _rounded(map(tree.own_log_p, nodes)),
         "terminal": [tree.terminal[node] for node in nodes],
-        "unexplored": _rounded(math.exp(tree.log_unexplored[node]) for node in nodes),
+        "unexplored": _rounded(math.exp(tree.log_unexplored[node] - tree.log_mass[node]) for node in nodes),
         "reward": _rounded(tree.reward[node] for node in nodes),
         "earned": _rounded(tree.earned[node] for node in nodes),
         "upper": _rounded(tree.upper[node] for node in nodes),

@@ -28,6 +28,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from dts.errors import DTSError, UsageError
+from dts.evaluation.experiment.config import LARGEST_POWER, ORDERS
 from dts.evaluation.experiment.decode_job import sample_seed
 from dts.evaluation.experiment.together import SharedClock
 from dts.evaluation.measures.metrics import branch_depth, tokens_reused
@@ -57,6 +58,8 @@ class Study:
     width: int | None = None  # paths of each search with all prompts of a data set in flight; None: one by one
     share: float = 0.5  # of the reference's tokens that every other method may forward
     reward_scale: float = 16.0
+    power: float = 1.0  # of p in the target
+    order: str = "reward"  # what the best completion is, for methods that know several orders
     draws: int = 16  # from the estimate of pi*, by methods that keep one
     data_dir: str | None = None
 
@@ -73,6 +76,10 @@ class Study:
             raise UsageError(f"--budgets {min(self.budgets)} is not allowed; give 1 or more")
         if not all(0 <= seed < 2**32 for seed in self.seeds):
             raise UsageError(f"--seeds {' '.join(map(str, self.seeds))} is not allowed; give 0 to 4294967295")
+        if not 0 < self.power <= LARGEST_POWER:
+            raise UsageError(f"--power {self.power} is not allowed; give a number > 0, up to {LARGEST_POWER:g}")
+        if self.order not in ORDERS:
+            raise UsageError(f"--order {self.order} is not known; choose from {', '.join(ORDERS)}")
         if not 0 <= self.reward_scale < math.inf or self.draws < 0:
             raise UsageError(
                 f"--reward-scale {self.reward_scale} --draws {self.draws} is not allowed; give numbers >= 0"
@@ -156,9 +163,9 @@ def _searches(
     CPU seconds where the model is on the CPU, else of the wall clock.
     """
     import dts
-    from dts.search import METHODS
+    from dts.search import METHODS, aimed
 
-    method = METHODS[name](rollouts, study.reward_scale)
+    method = aimed(METHODS[name](rollouts, study.reward_scale), study.power, study.order)
     # Samples learn nothing from each other: alone, best-of-N is as wide as it can be.
     width = study.width or (method.batch_size() if name == REFERENCE else study.batch_size)
     rewards = [task.reward(task.examples[i]) for i in group.indices]
@@ -249,6 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
                         "of best-of-n too")  # fmt: skip
     parser.add_argument("--share", type=float, default=default.share, help="of best-of-N's tokens for the others")
     parser.add_argument("--reward-scale", type=float, default=default.reward_scale, help="lambda")
+    parser.add_argument("--power", type=float, default=default.power, help="of p in the target")
+    parser.add_argument("--order", default=default.order, help=f"{', '.join(ORDERS)}: of completions")
     parser.add_argument("--draws", type=int, default=default.draws, help="from the estimate of pi*")
     parser.add_argument("--data-dir", help="folder or file with data, instead of the built-in data")
     parser.add_argument("--output", type=Path, default=Path("evaluation/results/study"))
@@ -287,7 +296,11 @@ def _open(study: Study, output: Path) -> None:
     settings, path = json.loads(json.dumps(asdict(study))), output / "study.json"
     if path.exists():
         before = _read(path)
-        differ = [k for k in settings if settings[k] != before.get(k) and k not in ("datasets", "methods", "seeds")]
+        usual = asdict(Study())  # of a folder that is older than a setting
+        differ = [
+            k for k in settings
+            if settings[k] != before.get(k, usual[k]) and k not in ("datasets", "methods", "seeds")
+        ]  # fmt: skip
         if differ:
             shown = ", ".join(f"{k} {before.get(k)!r} -> {settings[k]!r}" for k in differ)
             raise UsageError(f"--output {output} holds another study ({shown}); choose another folder")

@@ -66,7 +66,8 @@ def write_report(folder: Path) -> str:
     records = cast("list[SearchRecord]", read_jsonl(folder / "study.jsonl"))
     cells = _cells(records)
     parts = [
-        f"Model {settings['model']}, lambda {settings['reward_scale']:g}, {settings['max_tokens']} tokens at most."
+        f"Model {settings['model']}, lambda {settings['reward_scale']:g}, power {settings.get('power', 1.0):g}, "
+        f"completions by {settings.get('order', 'reward')}, {settings['max_tokens']} tokens at most."
     ]
     if any(record.get("oracle") for record in records):
         parts.append(f"**Oracle reward.** {WARNING}")

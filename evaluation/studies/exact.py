@@ -56,9 +56,21 @@ class Instance:
         # "0 3 " with EOS dropped names a sequence uniquely: EOS can only be last, and its absence means full length.
         return {self.lm.decode(s): r for s, r in zip(self.sequences, self.rewards.tolist(), strict=True)}
 
-    def target(self, scale: float) -> np.ndarray:
+    def log_weights(self, scale: float, power: float = 1.0) -> np.ndarray:
+        """log of p(x)^power exp(scale r(x)) of each sequence; Z is the sum of these weights."""
+        return power * self.log_p + scale * self.rewards
+
+    def cooled(self, power: float) -> Instance:
+        """The same with each row of p to this power, and normalised: decoding at temperature 1 / power."""
+        table = self.lm.table
+        lm = dataclasses.replace(self.lm, table=lambda prefix: power * table(prefix))
+        return dataclasses.replace(
+            self, lm=lm, log_p=np.array([log_p for _, log_p in lm.sequences(self.horizon, PROMPT)])
+        )
+
+    def target(self, scale: float, power: float = 1.0) -> np.ndarray:
         """pi*(x) of each sequence."""
-        weights = self.log_p + scale * self.rewards
+        weights = self.log_weights(scale, power)
         weights = np.exp(weights - weights.max())
         return weights / weights.sum()
 
@@ -82,7 +94,8 @@ class Instance:
         }
 
     def distribution(self, values: SoftValues) -> np.ndarray:
-        """A tree's estimate of pi* of every sequence, without drawing any; it continues with p where the tree ends."""
+        """A tree's estimate of pi* of every sequence, without drawing any; it continues with p where the tree ends. For
+        a target with a power ask the instance that is `cooled` by it, since the model continues with such rows."""
         log_prob, tree = np.full(len(self.sequences), -np.inf), values.tree
 
         def fill(prefix: tuple[int, ...], node: int, log_mass: float) -> None:
@@ -92,7 +105,7 @@ class Instance:
                 return
             children, log_probs, log_rest = values.transitions(node)
             if log_rest > -math.inf:
-                scale = log_mass + log_rest - tree.log_unexplored[node] - log_p
+                scale = log_mass + log_rest - (tree.log_unexplored[node] - tree.log_mass[node]) - log_p
                 log_prob[first:last] = scale + self.log_p[first:last]
             for child, log_share in zip(children, log_probs, strict=True):
                 fill((*prefix, tree.token[child]), child, log_mass + log_share)
@@ -100,12 +113,13 @@ class Instance:
         fill((), ROOT, 0.0)
         return np.exp(log_prob)
 
-    def weighted_samples(self, result: Result, scale: float) -> tuple[np.ndarray, float]:
+    def weighted_samples(self, result: Result, scale: float, power: float = 1.0) -> tuple[np.ndarray, float]:
         """Importance-weighted independent samples: seen sequences at their own weight, the rest of p at the samples'
         mean. Returns the distribution and log Z."""
-        known = {c.token_ids: c.reward for c in result.completions}
-        rest = float(np.logaddexp.reduce([scale * r.reward for r in result.rollouts])) - math.log(len(result.rollouts))
-        weights = np.array([scale * known.get(s, math.nan) for s in self.sequences])
+        known = {c.token_ids: scale * c.reward + (power - 1) * c.logprob for c in result.completions}
+        drawn = [known[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts]
+        rest = float(np.logaddexp.reduce(drawn)) - math.log(len(drawn))
+        weights = np.array([known.get(s, math.nan) for s in self.sequences])
         weights = np.where(np.isnan(weights), rest, weights) + self.log_p
         log_z = float(np.logaddexp.reduce(weights))
         return np.exp(weights - log_z), log_z
@@ -124,18 +138,18 @@ class Instance:
             return inside / inside.sum()
         return (1 - once) * inside / inside.sum() + once * outside / outside.sum()
 
-    def with_known(self, result: Result, scale: float, log_z: float) -> np.ndarray:
+    def with_known(self, result: Result, scale: float, log_z: float, power: float = 1.0) -> np.ndarray:
         """Any estimate of Z turned into a distribution: seen sequences at their own weight, the rest of Z spread as p
         spreads it over what was not seen."""
         known = {c.token_ids: c.reward for c in result.completions}
         seen = np.array([s in known for s in self.sequences])
         exact = np.array(
-            [self.log_p[i] + scale * known[s] if seen[i] else -np.inf for i, s in enumerate(self.sequences)]
+            [power * self.log_p[i] + scale * known[s] if seen[i] else -np.inf for i, s in enumerate(self.sequences)]
         )
         log_seen = float(np.logaddexp.reduce(exact))
         log_z = max(log_z, log_seen)
         estimate = np.exp(exact - log_z)
-        outside = np.where(seen, 0.0, np.exp(self.log_p))
+        outside = np.where(seen, 0.0, np.exp(power * self.log_p))
         if outside.sum() > 0:
             estimate += (1 - math.exp(log_seen - log_z)) * outside / outside.sum()
         return estimate / estimate.sum()
@@ -169,20 +183,6 @@ def far_enough(case: Instance, scale: float, distance: float) -> Instance:
     return case
 
 
-def with_power(case: Instance, scale: float, power: float) -> tuple[Instance, float]:
-    """The target p^power exp(scale r) as p exp(scale' r'), for methods that know no power: the instance and scale'."""
-    if power == 1:
-        return case, scale
-    rewards = scale * case.rewards + (power - 1) * case.log_p
-    return dataclasses.replace(case, rewards=rewards / (scale or 1.0)), scale or 1.0
-
-
-def tempered(case: Instance, power: float) -> Instance:
-    """The instance whose p is the model's at temperature 1 / power."""
-    lm = dataclasses.replace(case.lm, table=lambda prefix: power * case.lm.table(prefix))
-    return dataclasses.replace(case, lm=lm, log_p=np.array([log_p for _, log_p in lm.sequences(case.horizon, PROMPT)]))
-
-
 def decode(case: Instance, method: Method, seed: int, budget: Budget | None = None, temperature: float = 1.0) -> Result:
     return dts.decode(
         case.lm, PROMPT, reward=case.reward, method=method, max_new_tokens=case.horizon, seed=seed, budget=budget,
@@ -190,56 +190,56 @@ def decode(case: Instance, method: Method, seed: int, budget: Budget | None = No
     )  # fmt: skip
 
 
-def most_particles(case: Instance, tokens: int, scale: float, seed: int) -> Result:
+def most_particles(case: Instance, tokens: int, method: ParticleFilter, seed: int) -> Result:
     """A particle filter with as many particles as the tokens allow."""
     low, high = 1, 2
-    while (result := decode(case, ParticleFilter(high, reward_scale=scale), seed)).usage.forwarded_tokens <= tokens:
+    while decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens:
         low, high = high, 2 * high
     while high - low > max(1, low // 50):
         middle = (low + high) // 2
-        result = decode(case, ParticleFilter(middle, reward_scale=scale), seed)
+        result = decode(case, dataclasses.replace(method, n=middle), seed)
         low, high = (middle, high) if result.usage.forwarded_tokens <= tokens else (low, middle)
-    return decode(case, ParticleFilter(low, reward_scale=scale), seed)
+    return decode(case, dataclasses.replace(method, n=low), seed)
 
 
 def distances(
     case: Instance, rollouts: int, scale: float, seed: int, power: float = 1.0
 ) -> dict[str, tuple[float, float, int]]:
     """Method to (total variation to pi*, error of log Z, forwarded tokens). MaxEnt's tokens are everybody's budget."""
+    target, log_z = case.target(scale, power), float(np.logaddexp.reduce(case.log_weights(scale, power)))
+    tree = decode(case, MaxEnt(rollouts, reward_scale=scale, power=power), seed)
+    assert tree.values is not None
+    tokens = tree.usage.forwarded_tokens
+    smc = most_particles(case, tokens, ParticleFilter(1, reward_scale=scale, power=power), seed)
+    samples = decode(case, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
     chains = MetropolisHastings(
         20 * rollouts, power=power, reward_scale=scale, chains=min(CHAINS, max(1, rollouts // 10))
     )
-    plain_case, plain_scale = case, scale
-    case, scale = with_power(case, scale, power)
-    target, log_z = case.target(scale), float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
-    tree = decode(case, MaxEnt(rollouts, reward_scale=scale), seed)
-    assert tree.values is not None
-    tokens = tree.usage.forwarded_tokens
-    plain = decode(case, PlainDTS(20 * rollouts, reward_scale=scale), seed, Budget(tokens=tokens))
-    smc = most_particles(case, tokens, scale, seed)
-    samples = decode(case, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
-    moved = decode(plain_case, chains, seed, Budget(tokens=tokens), 1 / power)
+    moved = decode(case, chains, seed, Budget(tokens=tokens), 1 / power)
     estimates = {
-        "maxent": (tree, case.distribution(tree.values), tree.log_z),
-        "plain dts": (plain, case.with_known(plain, scale, plain.log_z), plain.log_z),
-        "particle filter": (smc, case.with_known(smc, scale, smc.log_z), smc.log_z),
-        "weighted samples": (samples, *case.weighted_samples(samples, scale)),
-        "metropolis-hastings": (moved, plain_case.visited(moved, plain_scale, power), math.nan),
+        "maxent": (tree, case.cooled(power).distribution(tree.values), tree.log_z),
+        "particle filter": (smc, case.with_known(smc, scale, smc.log_z, power), smc.log_z),
+        "weighted samples": (samples, *case.weighted_samples(samples, scale, power)),
+        "metropolis-hastings": (moved, case.visited(moved, scale, power), math.nan),
     }
-    if power != 1:
-        cold = tempered(plain_case, power)
+    if power == 1:
+        plain = decode(case, PlainDTS(20 * rollouts, reward_scale=scale), seed, Budget(tokens=tokens))
+        estimates["plain dts"] = plain, case.with_known(plain, scale, plain.log_z), plain.log_z
+    else:
+        cold = case.cooled(power)
         drawn = decode(cold, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
-        estimates["low temperature"] = drawn, cold.weighted_samples(drawn, plain_scale)[0], math.nan
+        estimates["low temperature"] = drawn, cold.weighted_samples(drawn, scale)[0], math.nan
     return {
         name: (total_variation(estimate, target), log_estimate - log_z, result.usage.forwarded_tokens)
         for name, (result, estimate, log_estimate) in estimates.items()
     }
 
 
-def coverage(case: Instance, rollouts: int, scale: float, seeds: int) -> tuple[int, float, float]:
+def coverage(case: Instance, rollouts: int, scale: float, seeds: int, power: float = 1.0) -> tuple[int, float, float]:
     """Of so many searches: how many 95 % intervals hold log Z, their mean width, and the root-mean-square error."""
-    truth = float(np.logaddexp.reduce(case.log_p + scale * case.rewards))
-    found = [decode(case, MaxEnt(rollouts, reward_scale=scale), seed).log_z_estimate for seed in range(seeds)]
+    truth = float(np.logaddexp.reduce(case.log_weights(scale, power)))
+    method = MaxEnt(rollouts, reward_scale=scale, power=power)
+    found = [decode(case, method, seed).log_z_estimate for seed in range(seeds)]
     estimates = [one for one in found if one is not None]
     held = sum(one.interval[0] <= truth <= one.interval[1] for one in estimates)
     width = float(np.mean([one.interval[1] - one.interval[0] for one in estimates]))
@@ -251,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m dts.evaluation.exact", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", type=float, default=4.0, help="lambda")
-    parser.add_argument("--power", type=float, default=1.0, help="alpha")
+    parser.add_argument("--power", type=float, default=1.0, help="of p in the target")
     parser.add_argument("--budgets", type=int, nargs="+", default=[50, 200, 500, 1000, 2000], help="MaxEnt rollouts")
     parser.add_argument("--instances", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=8)
@@ -270,8 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--instances, --horizon and --budgets must be 1 or more, --vocab-size 2 or more")
     if not (options.scale >= 0 and options.power > 0) or (options.scale == 0 and options.power == 1):
         parser.error("--scale must be 0 or more, --power above 0, and not 0 and 1 together: the target would be p")
-    if options.coverage and options.power != 1:
-        parser.error("--coverage knows no --power")
     cases = [
         instance(seed, vocab_size=options.vocab_size, horizon=options.horizon, structured=not options.unstructured,
                  spread=options.spread)
@@ -279,16 +277,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]  # fmt: skip
     if options.scale > 0:
         cases = [far_enough(case, options.scale, options.distance) for case in cases]
-    targets = [with_power(case, options.scale, options.power) for case in cases]
-    far = [total_variation(np.exp(case.log_p), case.target(scale)) for case, scale in targets]
-    print(f"{len(cases)} instances of {len(cases[0].sequences)} sequences, power {options.power:g}, lambda "
-          f"{options.scale:g}, rewards up to", ", ".join(f"{case.rewards.max():.2f}" for case in cases))  # fmt: skip
+    far = [total_variation(np.exp(case.log_p), case.target(options.scale, options.power)) for case in cases]
+    print(f"{len(cases)} instances of {len(cases[0].sequences)} sequences, p to the power {options.power:g}, "
+          f"lambda {options.scale:g}, rewards up to",
+          ", ".join(f"{case.rewards.max():.2f}" for case in cases))  # fmt: skip
     print("total variation of p to pi*:", ", ".join(f"{x:.2f}" for x in far))
     if options.coverage:
         print("rollouts  instance  intervals that hold log Z  mean width  rms error")
         for rollouts in options.budgets:
             for seed, case in enumerate(cases):
-                held, width, rms = coverage(case, rollouts, options.scale, options.coverage)
+                held, width, rms = coverage(case, rollouts, options.scale, options.coverage, options.power)
                 print(f"{rollouts:>8}  {seed:>8}  {held:>10} of {options.coverage:<12}  {width:>10.3f}  {rms:>9.4f}")
         return 0
     print(

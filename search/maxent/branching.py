@@ -189,18 +189,18 @@ class Brancher:
         self._tree, self._longest, self._predicted = tree, longest, predicted
         self._texts, self._errors = SharedPrefixes(longest), Errors(longest)
 
-    def learn(self, leaf: int, left_at: int) -> None:
-        """A text was finished that left the tree at this depth."""
+    def learn(self, leaf: int, left_at: int, score: float | None = None) -> None:
+        """A text was finished that left the tree at this depth. score: what is to be improved; None: its reward."""
         tree = self._tree
         path = tree.path(leaf)
-        self._texts.add(path, tree.reward[leaf])
+        self._texts.add(path, tree.reward[leaf] if score is None else score)
         new = path[left_at:-1]
         if self._predicted and new and abs(tree.reward[leaf]) < USABLE:
             errors = tree.reward[leaf] - np.array([tree.promise[node] for node in new])
             self._errors.add(np.array([tree.depth[node] for node in new], float), errors)
 
     def choose(self, best: float, may_branch: Callable[[Nodes], Any], uniform: float) -> int | None:
-        """A node to leave the tree from, by the expected improvement over the reward `best`; None while too little is
+        """A node to leave the tree from, by the expected improvement over the score `best`; None while too little is
         known. may_branch: whether nodes are open to new children."""
         found = self._texts.prefixes()
         if found is None:
@@ -209,7 +209,8 @@ class Brancher:
         spread = np.sqrt(variance + found.fresh + 1e-300)
         z = (mean - self._texts.scaled(best)) / spread
         gain = spread * (np.exp(-z * z / 2) / math.sqrt(2 * math.pi) + z * ndtr(z))
-        outside = np.exp(column(self._tree.log_unexplored, found.nodes))
+        tree = self._tree
+        outside = np.exp(column(tree.log_unexplored, found.nodes) - column(tree.log_mass, found.nodes))
         worth = np.where(may_branch(found.nodes), np.maximum(gain, 0) * outside / (self._longest - found.depths), 0.0)
         if not worth.max() > 0:
             return None

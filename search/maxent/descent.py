@@ -16,6 +16,7 @@ from dts.search import readings
 from dts.search.choice import Choice
 from dts.search.maxent.branching import Brancher, Nodes, column
 from dts.search.maxent.lookahead import LookAhead
+from dts.search.maxent.order import Best
 from dts.search.maxent.target import tree_estimate
 from dts.search.maxent.zestimate import Partition, Trace
 from dts.search.paths import Path, Plain
@@ -43,8 +44,14 @@ class Note:
 
     explores: bool  # it follows p instead of the values
     trace: Trace | None = None  # its part in the estimate of Z
+    likeliest: bool = False  # it takes the likeliest token at each step
     way: list[int] = field(default_factory=list)  # nodes to a branch point that was chosen, the next one last
     branches: bool = False  # it is to leave the tree at the end of its way
+
+
+def conserves(search: Search) -> bool:
+    """Whether the weights of all that follows a prefix sum to 1."""
+    return search.target is None or search.target.conserves
 
 
 def options(values: SoftValues, node: int, children: Sequence[int], rest: bool, widen: bool) -> list[Option]:
@@ -76,6 +83,24 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
     return draw(found, [option.log_p if by_p else option.log_value for option in found], uniform)
 
 
+def _expanded(
+    search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
+) -> Readings[list[int]]:
+    """A new child for each path's node: the likeliest token for a path that wants it, for the others a draw from p
+    times exp(tilt)."""
+    likeliest = [path for path in paths if path.note.likeliest]
+    if not likeliest:
+        return (yield from _draw(search, ahead, paths, tilts))
+    known = len(search.tree)
+    first = yield from readings.most_likely(search, [path.node for path in likeliest])
+    ahead.value([child for child in dict.fromkeys(first) if child >= known])
+    others = [(path, tilt) for path, tilt in zip(paths, tilts, strict=True) if not path.note.likeliest]
+    rest = (yield from _draw(search, ahead, *zip(*others, strict=True))) if others else []
+    children = {id(path): child for path, child in zip(likeliest, first, strict=True)}
+    children |= {id(path): child for (path, _), child in zip(others, rest, strict=True)}
+    return [children[id(path)] for path in paths]
+
+
 def _draw(
     search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
 ) -> Readings[list[int]]:
@@ -103,24 +128,38 @@ class Sampler(Plain):
         *,
         explore: float,
         widening: float,
+        greedy: bool,
+        best: Best,
     ) -> None:
+        """greedy: the first path takes the likeliest token at each step. It is no draw, and no estimate takes it for
+        one."""
         super().__init__(search)
-        self._ahead, self._explore, self._widening = ahead, explore, widening
+        self._ahead, self._explore, self._widening, self._best = ahead, explore, widening, best
         self._visits = Visits(search.tree)
-        self._values = SoftValues(search.tree, reward_scale, self._visits)
-        self._partition = Partition(search.tree, reward_scale, (1 - explore, explore), search.budget.rollouts)
+        limit = search.budget.rollouts
+        self._greedy = greedy and limit != 1  # one rollout is a draw
+        self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=conserves(search))
+        draws = limit - 1 if self._greedy and limit is not None else limit
+        shares = (1 - explore, explore)
+        self._partition = Partition(search.tree, reward_scale, shares, draws, conserves=conserves(search))
 
     def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        self._values.arrive(nodes)
         found = yield from self._ahead.gains(nodes)
         for node, gains in found.items():
             self._values.foresee(node, gains)
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
-        path.note = Note(path.rng.random() < self._explore, self._partition.start(path))
+        if self._greedy:
+            self._greedy, path.first, path.note = False, True, Note(explores=True, likeliest=True)
+        else:
+            path.note = Note(path.rng.random() < self._explore, self._partition.start(path))
 
     def select(self, path: Path) -> int | Choice:
         node, values, note = path.node, self._values, path.note
+        if note.likeliest:
+            return Choice.EXPAND
         children = open_children(values, node)
         found = options(values, node, children, True, may_widen(values, node, children, self._widening))
         if not found:
@@ -136,21 +175,39 @@ class Sampler(Plain):
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
-        children = yield from _draw(self.search, self._ahead, paths, by_token)
+        children = yield from _expanded(self.search, self._ahead, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
+            if path.note.likeliest:
+                self._values.force(child)
+                continue
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
         return children
 
     def learn(self, path: Path) -> None:
         self._ahead.learn(path.node)
-        self._partition.close(path.note.trace, path.node)
+        if self.search.belongs(path.node):
+            self._partition.close(path.note.trace, path.node)
+        elif path.note.trace:
+            self._partition.give_up(path.note.trace)
         if self._visits.close(path.node):
             self._values.learn(path.node)
+
+    def lose(self, path: Path) -> None:
+        if path.note.trace:
+            self._partition.give_up(path.note.trace)
+        if self._visits.close(path.node):
+            self._values.learn(path.node)
+
+    def rank(self) -> list[int]:
+        """Scored leaves, best first."""
+        return self._best.rank()
 
     def estimate(self) -> Estimate:
         """Of the target: the tree's distribution, and Z by the choices of its paths."""
         exhausted = self._values.log_open[ROOT] == -math.inf
+        if exhausted:
+            self.search.check_members()
         return tree_estimate(self.search, self._values, self._partition.log_z(exhausted=exhausted), self._ahead)
 
 
@@ -171,16 +228,23 @@ class Optimiser(Plain):
         sharpness: float,
         bonus: float | None,
         brancher: Brancher | None,
+        greedy: bool,
+        best: Best,
     ) -> None:
+        """greedy: the first path takes the likeliest token at each step."""
         super().__init__(search)
         self._ahead, self._explore, self._widening = ahead, explore, widening
+        self._greedy, self._best = greedy, best
         self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
-        self._values = SoftValues(search.tree, reward_scale, self._visits)
-        self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits)
+        known = conserves(search)
+        self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=known)
+        self._guide = SoftValues(search.tree, sharpness * reward_scale, self._visits, conserves=known)
         self._low, self._high = math.inf, -math.inf  # rewards seen
 
     def arrived(self, nodes: Sequence[int]) -> Readings[None]:
+        self._guide.arrive(nodes)
+        self._values.arrive(nodes)
         found = yield from self._ahead.gains(nodes)
         for node, gains in found.items():
             self._guide.foresee(node, gains)
@@ -188,10 +252,13 @@ class Optimiser(Plain):
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
+        if self._greedy:
+            self._greedy, path.first, path.note = False, True, Note(explores=True, likeliest=True)
+            return
         path.note = note = Note(path.rng.random() < self._explore)
         if self._brancher and not note.explores:
             self._guide.grow()
-            node = self._brancher.choose(self._high, self._may_branch, path.rng.random())
+            node = self._brancher.choose(self._best.top, self._may_branch, path.rng.random())
             if node is not None:
                 note.way, note.branches = self._guide.tree.path(node)[::-1], True
 
@@ -201,11 +268,13 @@ class Optimiser(Plain):
         return np.asarray(
             (column(tree.slot, nodes) != NONE)
             & (column(tree.log_unexplored, nodes) > -math.inf)
-            & (column(tree.upper, nodes) > self._high)
+            & np.array([self._best.beatable_by_new(node) for node in nodes.tolist()], bool)
             & (column(self._guide.log_open, nodes) > -math.inf)
         )
 
     def select(self, path: Path) -> int | Choice:
+        if path.note.likeliest:
+            return Choice.EXPAND
         if not path.note.branches:
             return self._descend(path)
         if path.note.way:
@@ -216,12 +285,12 @@ class Optimiser(Plain):
 
     def _descend(self, path: Path) -> int | Choice:
         """By the values, or by p."""
-        node, guide, upper = path.node, self._guide, self._guide.tree.upper
+        node, guide = path.node, self._guide
         children = open_children(guide, node)
         if guide.log_open[node] == -math.inf:
             return Choice.BLOCKED
-        children = [child for child in children if upper[child] > self._high]
-        promising = upper[node] > self._high
+        children = [child for child in children if self._best.beatable(child)]
+        promising = self._best.beatable_by_new(node)
         widen = promising and may_widen(guide, node, children, self._widening)
         found = options(guide, node, children, promising, widen)
         if not found:
@@ -256,10 +325,10 @@ class Optimiser(Plain):
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
-        return _draw(self.search, self._ahead, paths, by_token)
+        return _expanded(self.search, self._ahead, paths, by_token)
 
     def prunes(self, path: Path) -> bool:
-        if self._guide.tree.upper[path.node] > self._high:
+        if self._best.beatable(path.node):
             return False
         self._guide.close(path.node)
         return True
@@ -267,13 +336,32 @@ class Optimiser(Plain):
     def learn(self, path: Path) -> None:
         self._ahead.learn(path.node)
         reward = self._guide.tree.reward[path.node]
-        self._low, self._high = min(self._low, reward), max(self._high, reward)
-        if self._visits.close(path.node):
-            self._guide.learn(path.node)
-            self._values.learn(path.node)
-            if self._brancher:
-                self._brancher.learn(path.node, path.left_at or 0)
+        if self.search.belongs(path.node):
+            self._low, self._high = min(self._low, reward), max(self._high, reward)
+            self._best.learn(path.node)
+        if self._close(path.node) and self._brancher:
+            self._brancher.learn(path.node, path.left_at or 0, self._best.score(path.node))
 
-    def estimate(self) -> Estimate:
-        """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them."""
+    def lose(self, path: Path) -> None:
+        self._close(path.node)
+
+    def _close(self, node: int) -> bool:
+        """Learn from what was finished at a node, once; False where it was known."""
+        if not self._visits.close(node):
+            return False
+        self._guide.learn(node)
+        self._values.learn(node)
+        return True
+
+    def rank(self) -> list[int]:
+        """Scored leaves, best first."""
+        return self._best.rank()
+
+    def estimate(self) -> Estimate | None:
+        """Of the target, by the same soft values as DTS; of Z nothing, since what was pruned is not in them. None where
+        the tree holds another power of the target."""
+        if self._guide.log_open[ROOT] == -math.inf:
+            self.search.check_members()
+        if self._best.order == "target":
+            return None
         return tree_estimate(self.search, self._values, None, self._ahead)

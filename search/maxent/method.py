@@ -16,16 +16,20 @@ from dts.errors import UsageError, shown
 from dts.search.maxent.branching import Brancher
 from dts.search.maxent.descent import Optimiser, Sampler
 from dts.search.maxent.lookahead import LookAhead, source_for
+from dts.search.maxent.order import ORDERS, Best, Order
 from dts.search.maxent.valuemodel import OnlineValues, ValueModel, check_value_model
 from dts.search.method import GeneratorRun, Run
 from dts.search.paths import rollouts
 from dts.search.sampling import check_size
 from dts.search.scoring import runs_a_model
 from dts.settings import Budget, check_real, check_whole
+from dts.target import LARGEST_POWER, Target
 
 if TYPE_CHECKING:
     from dts.rewards import Reward
     from dts.search.search import Search
+
+MODE_SHARPNESS = 4.0  # the power of the target whose soft values lead to its mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,14 @@ class MaxEnt:
     branch: `DTS*` only, how a path finds the node where it leaves the tree. "values": it descends by the soft values.
     "improvement": the node is chosen by the expected improvement of the best reward for each new token
     (`dts.search.maxent.branching`). None: "values" for monotone rewards and with a bonus, else "improvement".
+    power: the target is p^power exp(lambda r): above 1 it sharpens the model, also without a reward (power sampling,
+    arXiv 2510.14901).
+    order: what the best completion is. "reward": the highest reward, the likeliest of equals; `DTS*` stops where no
+    reward can be higher. "likelihood": the same, but `DTS*` goes on to likelier texts of the best reward. "target": the
+    mode of the target, power log p + lambda r; `DTS*` is led by soft values of the target to a power, which has the
+    same mode, and estimates no distribution.
+    greedy: the first rollout takes the likeliest token at each step, so that nothing worse than greedy decoding is
+    returned. It is no draw and no estimate takes it for one. DTS of one rollout does without.
     """
 
     rollouts: int
@@ -64,10 +76,13 @@ class MaxEnt:
     lookahead: int | None = None
     values: Literal["auto", "online"] | ValueModel | None = "auto"
     branch: Literal["values", "improvement"] | None = None
+    power: float = 1.0
+    order: Order = "reward"
+    greedy: bool = True
 
     def __post_init__(self) -> None:
         check_size("rollouts", self.rollouts)
-        check_real("reward_scale", self.reward_scale, lambda x: 0 <= x < math.inf, "a number >= 0")
+        Target(self.reward_scale, self.power)  # checks both
         if self.search not in ("sample", "best"):
             raise UsageError(f"search={self.search!r} is not known; give 'sample' (DTS) or 'best' (DTS*)")
         if self.explore is not None:
@@ -77,12 +92,24 @@ class MaxEnt:
         check_real("sharpness", self.sharpness, lambda x: 0 < x < math.inf, "a number > 0")
         if self.bonus is not None:
             check_real("bonus", self.bonus, lambda x: 0 <= x < math.inf, "a number >= 0, or None")
+        if self.order not in ORDERS:
+            raise UsageError(f"order={shown(self.order)} is not known; give 'reward', 'likelihood' or 'target'")
+        if not isinstance(self.greedy, bool):
+            raise UsageError(f"greedy={shown(self.greedy)} is not allowed; give True or False")
         if self.branch not in (None, "values", "improvement"):
             raise UsageError(f"branch={shown(self.branch)} is not known; give 'values', 'improvement' or None")
         if self.values not in (None, "auto", "online"):
             check_value_model(self.values)
         if self.lookahead is not None:
             check_whole("lookahead", self.lookahead, 0, allowed="a whole number of tokens >= 0, or None")
+
+    @property
+    def target(self) -> Target:
+        """Without what the settings of `decode` add to it."""
+        sharpness = 1.0
+        if self.search == "best" and self.order == "target":
+            sharpness = min(MODE_SHARPNESS, LARGEST_POWER / self.power)
+        return Target(self.reward_scale, self.power, sharpness=sharpness)
 
     @property
     def name(self) -> str:
@@ -104,18 +131,23 @@ class MaxEnt:
 
     def start(self, search: Search) -> Run:
         policy = self._policy(search)
-        return GeneratorRun(search, rollouts(search, policy), estimate=policy.estimate)
+        return GeneratorRun(search, rollouts(search, policy), rank=policy.rank, estimate=policy.estimate)
 
     def _policy(self, search: Search) -> Sampler | Optimiser:
+        sharpness = self.target.sharpness
+        best = Best(search, self.order, self.reward_scale, sharpness)
         model = None if search.reward.monotone else self._value_model(search)
         tokens = self._lookahead(search.reward)
         ahead = LookAhead(search, source_for(search, model, tokens), tokens)
         explore, widening = self.exploring(), self._widening()
         if self.search == "sample":
-            return Sampler(search, self.reward_scale, ahead, explore=explore, widening=widening)
+            return Sampler(
+                search, self.reward_scale, ahead, explore=explore, widening=widening, greedy=self.greedy, best=best
+            )
         return Optimiser(
             search, self.reward_scale, ahead, explore=explore, widening=widening,
-            sharpness=self.sharpness, bonus=self.bonus, brancher=self._brancher(search, model),
+            sharpness=sharpness if self.order == "target" else self.sharpness, bonus=self.bonus,
+            brancher=self._brancher(search, model), greedy=self.greedy, best=best,
         )  # fmt: skip
 
     def _lookahead(self, reward: Reward) -> int:
@@ -140,4 +172,5 @@ class MaxEnt:
         by_default = "values" if search.reward.monotone or self.bonus is not None else "improvement"
         if (self.branch or by_default) == "values":
             return None
-        return Brancher(search.tree, search.decoding.max_new_tokens, predicted=model is not None)
+        predicted = model is not None and self.order != "target"  # a value model knows the reward alone
+        return Brancher(search.tree, search.decoding.max_new_tokens, predicted=predicted)

@@ -49,24 +49,31 @@ class Trace:
 class Partition:
     """Collects the draws of one search. `shares` of the policies sum to 1; `limit` is the number of paths planned."""
 
-    def __init__(self, tree: Tree, reward_scale: float, shares: Sequence[float], limit: int | None) -> None:
-        self._tree, self._scale, self._limit = tree, reward_scale, limit
+    def __init__(
+        self, tree: Tree, reward_scale: float, shares: Sequence[float], limit: int | None, *, conserves: bool = True
+    ) -> None:
+        """conserves: whether weights are those of p (`Target.conserves`). Those of a power of p, or of a constraint,
+        may lie nearly all on what was finished; the interval then looks at what was still open."""
+        self._tree, self._scale, self._limit, self._conserves = tree, reward_scale, limit, conserves
         self._log_shares = [math.log(share) if share > 0 else -math.inf for share in shares]
         self._known = -math.inf  # log K
         self._under_way: dict[int, tuple[Trace, Path]] = {}
         self._estimates: list[float] = []  # log estimate of Z by draw; nan while under way
+        self._opens: list[float] = []  # of that, what was open when the draw started
 
     def start(self, path: Path) -> Trace:
         """A path starts at the root; its choices are to be noted in the trace that is returned."""
         trace = Trace(len(self._estimates), self._known, log_q=list(self._log_shares))
         self._under_way[trace.index] = trace, path
         self._estimates.append(math.nan)
+        self._opens.append(math.nan)
         return trace
 
-    def close(self, trace: Trace, leaf: int) -> None:
-        """The path of `trace` ended in the scored `leaf`, which no path had finished."""
+    def close(self, trace: Trace | None, leaf: int) -> None:
+        """The path of `trace` ended in the scored `leaf`, which no path had finished. None: a path that was no draw."""
         tree, value = self._tree, log_factor(self._scale, self._tree.reward[leaf])
-        self._settle(trace, trace.log_weight + value)
+        if trace:
+            self._settle(trace, trace.log_weight + value)
         log_p, node = {}, leaf  # by ancestor: log p(leaf | ancestor)
         total = 0.0
         while node != NONE:
@@ -85,6 +92,7 @@ class Partition:
     def _settle(self, trace: Trace, own: float) -> None:
         del self._under_way[trace.index]
         self._estimates[trace.index] = logsumexp([trace.known, *trace.credits, own])
+        self._opens[trace.index] = logsumexp([*trace.credits, own])
 
     def log_z(self, *, exhausted: bool) -> LogZ:
         """The estimate; exact where the space is exhausted.
@@ -100,6 +108,8 @@ class Partition:
         if not len(logs):
             return LogZ(-math.inf, math.inf, (-math.inf, math.inf))
         top = float(logs.max())
+        if top == -math.inf:  # no draw ended in the target
+            return LogZ(-math.inf, math.inf, (-math.inf, math.inf))
         terms = np.exp(logs - top)
         mean, spread = float(terms.mean()), float(terms.std())
         if len(logs) < 3 or spread <= 1e-12 * mean:
@@ -109,7 +119,17 @@ class Partition:
         low, high = _hall_interval(terms)
         bounds = (top + math.log(low) if low > 0 else -math.inf, top + math.log(high))
         error = spread / math.sqrt(len(logs)) / mean
-        return LogZ(top + math.log(mean), error, (max(bounds[0], self._known), max(bounds[1], self._known)))
+        most = self._known if self._conserves else logsumexp([self._known, self._most_open(len(logs))])
+        return LogZ(top + math.log(mean), error, (max(bounds[0], self._known), max(bounds[1], most)))
+
+    def _most_open(self, count: int) -> float:
+        """log of an upper bound on what is open now, by normal theory: no more than what later draws found open."""
+        logs = np.array(self._opens[count // 2 : count])
+        top = float(logs.max())
+        if top == -math.inf:
+            return -math.inf
+        terms = np.exp(logs - top)
+        return top + math.log(float(terms.mean() + NORMAL_95 * terms.std() / math.sqrt(len(terms))))
 
 
 def _hall_interval(values: np.ndarray) -> tuple[float, float]:
