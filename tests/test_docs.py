@@ -115,7 +115,8 @@ def test_readme(tiny_lm, monkeypatch):
 
 
 def test_search_page_own_algorithm(tiny_lm):
-    worked_example, code = blocks("docs/search.md")
+    sharpened, worked_example, code = blocks("docs/search.md")
+    run(sharpened)
     names = run(f"{worked_example}\n{code}")  # asserts its own numbers
     result = dts.decode(tiny_lm, "Once", method=names["Importance"](3), reward=len, max_new_tokens=10)
     assert len(result.rollouts) == 3 and sum(result.shares.values()) == pytest.approx(1)
