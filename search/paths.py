@@ -29,7 +29,6 @@ class Path:
     node: int = ROOT
     left_at: int | None = None  # depth where it left the tree that was there; None while it still follows it
     note: Any = None  # of its policy, and read by nobody else
-    first: bool = False  # it chooses before the others in each step
 
 
 class Policy(Protocol):
@@ -49,7 +48,7 @@ class Policy(Protocol):
         """A child of the path's node, EXPAND, BLOCKED or PRUNED."""
 
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
-        """A new child for each path's node. Yields what has to be read."""
+        """A child for each path's node, a new one as a rule. Yields what has to be read."""
 
     def prunes(self, path: Path) -> bool:
         """Whether a path that has just entered its node should end there, unfinished."""
@@ -115,7 +114,6 @@ def rollouts(search: Search, policy: Policy) -> Steps:
         new = room if limit is None else min(room, limit - launched)
         paths += [Path(search.rng(streams + i)) for i in range(new)]
         launched, streams = launched + new, streams + new
-        paths.sort(key=lambda path: not path.first)
         under_way, before = len(paths), len(search.rollouts)
         paths = yield from advance(search, policy, paths, end)
         if search.exhausted():
@@ -154,8 +152,14 @@ def advance(
             yield from _expand(search, policy, expanding)
         ended = stopped[Choice.PRUNED]
         for path in stopped[None] + expanding:
-            over = search.tree.terminal[path.node] or search.tree.outside[path.node] or policy.prunes(path)
-            (ended if over else waiting).append(path)
+            if policy.distinct and search.scored(path.node):
+                continue  # it found nothing new
+            if search.tree.terminal[path.node] or search.tree.outside[path.node] or policy.prunes(path):
+                ended.append(path)
+            elif search.evaluated(path.node):  # a policy may choose an old child here
+                stopped[Choice.LATER].append(path)
+            else:
+                waiting.append(path)
         if ended:
             end(ended)
         paths = stopped[Choice.LATER]
@@ -186,9 +190,10 @@ def _descend(search: Search, policy: Policy, path: Path, busy: set[int]) -> Choi
 
 
 def _expand(search: Search, policy: Policy, paths: list[Path]) -> Readings[None]:
-    """Give each path a new child of its node."""
+    """Give each path a child of its node, a new one as a rule."""
+    known = len(search.tree)
     children = yield from policy.expand(paths)
     for path, child in zip(paths, children, strict=True):
-        if path.left_at is None:
+        if path.left_at is None and child >= known:
             path.left_at = search.tree.depth[path.node]
         path.node = child

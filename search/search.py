@@ -280,10 +280,14 @@ class Search:
         if self._score_first(leaves) < len(leaves):
             raise BudgetSpent
 
+    def scored(self, leaf: int) -> bool:
+        """Whether a complete sequence has its reward."""
+        return not math.isnan(self.tree.reward[leaf])
+
     def _score_first(self, leaves: Sequence[int]) -> int:
         """Reward the first of these leaves, as many as the budget allows; returns how many."""
         tree, calls = self.tree, self._calls_left()
-        new = [leaf for leaf in dict.fromkeys(leaves) if tree.reward[leaf] != tree.reward[leaf]]
+        new = [leaf for leaf in dict.fromkeys(leaves) if not self.scored(leaf)]
         allowed = len(new) if calls == math.inf else self._scoring.within([self.finished(leaf) for leaf in new], calls)
         for leaf, reward in zip(new[:allowed], self.rewards(new[:allowed]), strict=True):
             tree.reward[leaf] = reward

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from dts.search.search import Search
 
 
+GREEDY_AT = 9  # the number of the rollout that is the greedy text, where there are so many
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One way to continue from a node."""
@@ -86,19 +89,45 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
 def _expanded(
     search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
 ) -> Readings[list[int]]:
-    """A new child for each path's node: the likeliest token for a path that wants it, for the others a draw from p
-    times exp(tilt)."""
-    likeliest = [path for path in paths if path.note.likeliest]
-    if not likeliest:
-        return (yield from _draw(search, ahead, paths, tilts))
-    known = len(search.tree)
-    first = yield from readings.most_likely(search, [path.node for path in likeliest])
-    ahead.value([child for child in dict.fromkeys(first) if child >= known])
-    others = [(path, tilt) for path, tilt in zip(paths, tilts, strict=True) if not path.note.likeliest]
-    rest = (yield from _draw(search, ahead, *zip(*others, strict=True))) if others else []
-    children = {id(path): child for path, child in zip(likeliest, first, strict=True)}
-    children |= {id(path): child for (path, _), child in zip(others, rest, strict=True)}
+    """A child for each path's node: for the path that wants it the likeliest token, new or not; for the others a new
+    one by a draw from p times exp(tilt)."""
+    children: dict[int, int] = {}
+    for path in paths:
+        if path.note.likeliest:
+            known = len(search.tree)
+            child = children[id(path)] = yield from _likeliest(search, path.node)
+            ahead.value([child] if child >= known else [])
+    others = [(path, tilt) for path, tilt in zip(paths, tilts, strict=True) if id(path) not in children]
+    if others:
+        drawn = yield from _draw(search, ahead, *zip(*others, strict=True))
+        children |= {id(path): child for (path, _), child in zip(others, drawn, strict=True)}
     return [children[id(path)] for path in paths]
+
+
+def _likeliest(search: Search, node: int) -> Readings[int]:
+    """The child with the likeliest token, which may be an old one."""
+    tree = search.tree
+    if tree.n_children[node]:
+        ((best, *_),) = yield from readings.top(search, [node], 1)
+        if (child := tree.child_with(node, best[0])) != NONE:
+            return child
+    return (yield from readings.most_likely(search, [node]))[0]
+
+
+class Greedy:
+    """When the path is launched that takes the likeliest token at each step: late enough to delay no early success."""
+
+    def __init__(self, wanted: bool, rollouts: int | None) -> None:
+        self._paths = 0
+        self._at = min(GREEDY_AT, rollouts or GREEDY_AT) if wanted else math.inf
+
+    def launches(self) -> bool:
+        """Whether the path that is launched now is the one."""
+        self._paths += 1
+        if self._paths < self._at:
+            return False
+        self._at = math.inf
+        return True
 
 
 def _draw(
@@ -131,15 +160,15 @@ class Sampler(Plain):
         greedy: bool,
         best: Best,
     ) -> None:
-        """greedy: the first path takes the likeliest token at each step. It is no draw, and no estimate takes it for
-        one."""
+        """greedy: one path takes the likeliest token at each step. It is no draw, and no estimate takes it for one."""
         super().__init__(search)
         self._ahead, self._explore, self._widening, self._best = ahead, explore, widening, best
         self._visits = Visits(search.tree)
         limit = search.budget.rollouts
-        self._greedy = greedy and limit != 1  # one rollout is a draw
+        greedy = greedy and limit != 1  # one rollout is a draw
+        self._greedy = Greedy(greedy, limit)
         self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=conserves(search))
-        draws = limit - 1 if self._greedy and limit is not None else limit
+        draws = limit - 1 if greedy and limit is not None else limit
         shares = (1 - explore, explore)
         self._partition = Partition(search.tree, reward_scale, shares, draws, conserves=conserves(search))
 
@@ -151,8 +180,8 @@ class Sampler(Plain):
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
-        if self._greedy:
-            self._greedy, path.first, path.note = False, True, Note(explores=True, likeliest=True)
+        if self._greedy.launches():
+            path.note = Note(explores=True, likeliest=True)
         else:
             path.note = Note(path.rng.random() < self._explore, self._partition.start(path))
 
@@ -175,10 +204,14 @@ class Sampler(Plain):
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
+        known = len(self.search.tree)
         children = yield from _expanded(self.search, self._ahead, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
-            if path.note.likeliest:
+            if path.note.likeliest and child >= known:
                 self._values.force(child)
+            elif path.note.likeliest:
+                self._visits.enter(child)
+            if path.note.likeliest:
                 continue
             log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
             path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
@@ -231,10 +264,10 @@ class Optimiser(Plain):
         greedy: bool,
         best: Best,
     ) -> None:
-        """greedy: the first path takes the likeliest token at each step."""
+        """greedy: one path takes the likeliest token at each step."""
         super().__init__(search)
         self._ahead, self._explore, self._widening = ahead, explore, widening
-        self._greedy, self._best = greedy, best
+        self._greedy, self._best = Greedy(greedy, search.budget.rollouts), best
         self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
         known = conserves(search)
@@ -252,8 +285,8 @@ class Optimiser(Plain):
 
     def launch(self, path: Path) -> None:
         self._visits.enter(ROOT)
-        if self._greedy:
-            self._greedy, path.first, path.note = False, True, Note(explores=True, likeliest=True)
+        if self._greedy.launches():
+            path.note = Note(explores=True, likeliest=True)
             return
         path.note = note = Note(path.rng.random() < self._explore)
         if self._brancher and not note.explores:
@@ -325,7 +358,12 @@ class Optimiser(Plain):
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
-        return _expanded(self.search, self._ahead, paths, by_token)
+        known = len(self.search.tree)
+        children = yield from _expanded(self.search, self._ahead, paths, by_token)
+        for path, child in zip(paths, children, strict=True):
+            if path.note.likeliest and child < known:
+                self._visits.enter(child)
+        return children
 
     def prunes(self, path: Path) -> bool:
         if self._best.beatable(path.node):

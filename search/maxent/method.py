@@ -62,8 +62,9 @@ class MaxEnt:
     reward can be higher. "likelihood": the same, but `DTS*` goes on to likelier texts of the best reward. "target": the
     mode of the target, power log p + lambda r; `DTS*` is led by soft values of the target to a power, which has the
     same mode, and estimates no distribution.
-    greedy: the first rollout takes the likeliest token at each step, so that nothing worse than greedy decoding is
-    returned. It is no draw and no estimate takes it for one. DTS of one rollout does without.
+    greedy: the ninth rollout, or the last of fewer, takes the likeliest token at each step, so that nothing worse than
+    greedy decoding is returned unless another budget ends the search before. It is no draw and no estimate takes it for
+    one. DTS of one rollout does without.
     """
 
     rollouts: int
