@@ -37,9 +37,14 @@ VALUES = [*EXACT, "test_maxent::test_a_branch_can_be_closed_before_anything_is_f
           "test_exactness::test_log_prob_of_one_sequence_equals_its_place_in_the_distribution",
           "test_exactness::test_zero_reward_scale_gives_p_at_any_budget",
           "test_exactness::test_whole_space_is_finished_once_each"]  # fmt: skip
+POWER = ["test_power::test_a_tree_that_is_complete_is_exact", "test_power::test_every_method_keeps_to_a_constraint",
+         "test_power::test_an_empty_language_is_named", "test_orders::test_what_is_no_target_is_refused"]  # fmt: skip
 # By module, what exercises it and takes seconds: exact numbers first, then properties, which catch what those miss.
 # Left out although they would catch a few more: long statistical tests, and files that load `transformers`.
 TESTS: dict[str, list[str]] = {
+    "dts.constraints.constraint": ["test_constraints"],
+    "dts.constraints.guided": ["test_constraints"],
+    "dts.constraints.schemas": ["test_constraints"],
     "dts.decoding": [*EXACT, "test_decode::test_budgets_are_never_exceeded"],
     "dts.results": EXACT,
     "dts.rewards": ["test_rewards", *EXACT],
@@ -49,10 +54,11 @@ TESTS: dict[str, list[str]] = {
     "dts.settings": EXACT,
     "dts.foresight": VALUES,
     "dts.logspace": EXACT,
-    "dts.softvalue": VALUES,
+    "dts.softvalue": [*VALUES, *POWER],
+    "dts.target": POWER,
     "dts.text": ["test_text"],
     "dts.timeout": ["test_timeout"],
-    "dts.tree": EXACT,
+    "dts.tree": [*EXACT, *POWER],
     "dts.visits": VALUES,
     "dts.search.beam": ALL_METHODS,
     "dts.search.consensus": [*ALL_METHODS, "test_confidence", "test_baselines::test_the_majority_comes_first",
@@ -62,6 +68,7 @@ TESTS: dict[str, list[str]] = {
                                   "test_maxent::test_pruned_paths_count_as_rollouts_spent",
                                   "test_maxent::test_without_bounds_every_sequence_is_finished_once"],
     "dts.search.maxent.lookahead": VALUES,
+    "dts.search.maxent.order": ["test_orders"],
     "dts.search.maxent.target": [*EXACT, "test_exactness::test_draws_follow_the_analytic_distribution"],
     "dts.search.maxent.zestimate": [*EXACT, "test_maxent::test_z_is_exact_when_every_sequence_is_finished"],
     "dts.search.mcts": ALL_METHODS,
@@ -73,6 +80,7 @@ TESTS: dict[str, list[str]] = {
     "dts.search.search": [*ALL_METHODS, "test_costs",
                           "test_decode::test_independent_samples_follow_p_at_any_batch_size"],
     "dts.search.segments": ALL_METHODS,
+    "dts.search.weights": POWER,
     "dts.search.paths": [*ALL_METHODS, "test_maxent::test_pruned_paths_count_as_rollouts_spent",
                            "test_maxent::test_bounds_prove_the_best_sequence_early",
                            "test_exactness::test_whole_space_is_finished_once_each",

@@ -116,8 +116,9 @@ def test_readme(tiny_lm, monkeypatch):
 
 
 def test_search_page_own_algorithm(tiny_lm):
-    *examples, code = blocks("docs/search.md")
-    names = run("\n".join([*examples, code]))  # asserts its own numbers
+    sharpened, worked_example, code = blocks("docs/search.md")
+    run(sharpened)
+    names = run(f"{worked_example}\n{code}")  # asserts its own numbers
     result = dts.decode(tiny_lm, "Once", method=names["Importance"](3), reward=len, max_new_tokens=10)
     assert len(result.rollouts) == 3 and sum(result.shares.values()) == pytest.approx(1)
     assert math.isfinite(result.log_z) and result.usage.forwarded_tokens == result.usage.unique_tokens
