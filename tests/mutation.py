@@ -42,6 +42,9 @@ POWER = ["test_power::test_a_tree_that_is_complete_is_exact", "test_power::test_
 # By module, what exercises it and takes seconds: exact numbers first, then properties, which catch what those miss.
 # Left out although they would catch a few more: long statistical tests, and files that load `transformers`.
 TESTS: dict[str, list[str]] = {
+    "dts.constraints.constraint": ["test_constraints"],
+    "dts.constraints.guided": ["test_constraints"],
+    "dts.constraints.schemas": ["test_constraints"],
     "dts.decoding": [*EXACT, "test_decode::test_budgets_are_never_exceeded"],
     "dts.results": EXACT,
     "dts.rewards": ["test_rewards", *EXACT],
