@@ -93,9 +93,18 @@ def test_the_host_waits_once_a_step_for_any_number_of_searches(method, searches,
 def test_look_ahead_adds_one_wait_a_step_for_any_number_of_searches(search, searches, lm, monkeypatch):
     """The likeliest tokens are read before the reward can say which to draw more often. Paths at one node wait for each
     other, so the first tokens take up to one more for each path."""
-    first, second, *later = counted(lm, monkeypatch, searches, method=MaxEnt(4, search=search, values="online"))
+    method = MaxEnt(4, search=search, values="online", greedy=False)
+    first, second, *later = counted(lm, monkeypatch, searches, method=method)
     assert first <= 1 + 4 and max([second, *later]) <= 3
     assert later[1:] == [2] * 6
+
+
+@pytest.mark.parametrize("search", ["sample", "best"])
+@pytest.mark.parametrize("searches", [1, 8])
+def test_the_greedy_path_adds_at_most_one_wait_to_a_step(search, searches, lm, monkeypatch):
+    method = MaxEnt(4, search=search, values="online")
+    first, *later = counted(lm, monkeypatch, searches, method=method)
+    assert first <= 1 + 4 + 2 and max(later) <= 4
 
 
 # Company changes nothing ----------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_a_job_that_fails_leaves_those_under_way_to_finish_and_is_repeated_on_re
     task = IdsTask(fail=raise_after(Calls(), 20, ZeroDivisionError("no")))
     folder = run_folder(tmp_path, "--prompts-at-once", "4", backend=table_backend(task), code=1)
     error = capsys.readouterr().err
-    assert re.search(r"error: red har \d+ 0 maxent: .*ZeroDivisionError: no", error)
+    assert re.search(r"error: red har \d+ \d+ maxent: .*ZeroDivisionError: no", error)
     done = read_jsonl(folder / "samples.jsonl")
     assert 3 <= len(done) < 42
     assert main(["--resume", str(folder), "--no-wandb", "--quiet"], table_backend()) == 0
