@@ -7,10 +7,32 @@ import math
 import numpy as np
 
 from dts.models.table import TableModel
+from dts.rewards import Reward
 from dts.softvalue import SoftValues
 from dts.tree import Tree
 
 LOG = math.log
+
+
+class Paid(Reward):
+    """1 for each time that a token comes: monotone."""
+
+    name, monotone = "paid", True
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def start(self, context):
+        return 0
+
+    def extend(self, states, tokens):
+        return [state + (token == self._token) for state, token in zip(states, tokens, strict=True)]
+
+    def earned(self, states):
+        return [float(state) for state in states]
+
+    def finish(self, states, finished):
+        return self.earned(states)
 
 
 class Uniforms:
