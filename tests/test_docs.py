@@ -34,12 +34,10 @@ OWN_TEST = {
     "docs/rewards.md": ["test_docs.py"],
     "docs/search.md": ["test_docs.py"],
     "docs/training.md": [
-        "test_distill.py",
         "test_docs.py",
         "test_heuristic_reward.py",
         "test_musclebob_recipe.py",
         "test_training_runs.py",
-        "test_tree_groups.py",
     ],
 }
 
