@@ -83,6 +83,32 @@ def test_pairwise_training_learns_the_preference(trained):
     assert (folder / "adapter_model.safetensors").is_file()
 
 
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(base, tmp_path):
+    from training_models import Interrupt, adapter, same
+
+    settings = RewardModelSettings(
+        model=base, max_steps=8, learning_rate=1e-2, batch_size=4, lora_r=2, max_length=32, held_out=0, save_steps=3
+    )
+    train_reward_model(rows(), tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(rows(), tmp_path / "cut", settings, callbacks=[Interrupt(5)])
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    steps = []
+
+    class Count(Interrupt):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    train_reward_model(rows(), tmp_path / "cut", settings, resume="auto", callbacks=[Count(0)])
+    assert steps == [4, 5, 6, 7, 8]
+    assert same(adapter(tmp_path / "cut"), adapter(tmp_path / "whole"))
+    assert json.loads((tmp_path / "cut" / FILE).read_text()) == json.loads((tmp_path / "whole" / FILE).read_text())
+    with pytest.raises(dts.UsageError, match="cannot resume with another rows"):
+        train_reward_model(rows(7), tmp_path / "cut", settings, resume="auto")
+    with pytest.raises(dts.UsageError, match="there is no whole checkpoint"):
+        train_reward_model(rows(), tmp_path / "cut", settings, resume=str(tmp_path))
+
+
 def test_saved_and_loaded_reward_is_the_same_in_any_batch(trained):
     folder, reward = trained
     again = load_reward_model(folder)

@@ -21,72 +21,31 @@ from dts.search import MaxEnt, Sampling
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from safetensors.torch import load_file
-from training_models import tiny_pair
+from toys import Paid
+from training_models import WORDS, Interrupt, adapter, same, saved_pair, share_of_a, tiny_config, tiny_pair
 from transformers import TrainerCallback
 
+from dts.models.table import TableModel, random_logits
 from dts.rewards import as_reward
-from dts.training.config import GRPOSettings, TrainConfig, from_mapping
+from dts.training.config import GRPOSettings
 from dts.training.data import read_rows
 from dts.training.estimator import grpo_diversity_weight, grpo_gradient_scale
-from dts.training.grpo import build_grpo, derive_accumulation
+from dts.training.grpo import build_grpo, derive_accumulation, group_search
 from dts.training.polychromic import sequence_log_probs
 from dts.training.run import _arguments, read_history, train
 from dts.training.sampling import Draw, draw_samples, draw_searched, stream
 from dts.training.sft import IGNORED, encode_rows
 
-WORDS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op"]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """The tiny model as a folder, so that adapters can name it."""
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = tiny_pair()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved_pair(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
 def config(base, tmp_path):
     """config(method, **changes) -> TrainConfig of a run of six steps with a checkpoint every second one."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"say {w}", "response": f"{w} ok {w}"}) + "\n" for w in WORDS))
-    common = {
-        "model": base, "data": str(data), "output": str(tmp_path / "out"), "max_steps": 6, "save_steps": 2,
-        "batch_size": 2, "accumulation": 2, "learning_rate": 2e-2, "schedule": "linear",
-        "warmup_ratio": 0.0,
-        "lora": {"r": 2, "alpha": 4, "dropout": 0.1},
-        "polychromic": {"weight": 2.0, "n_samples": 3, "max_new_tokens": 5, "gate": "none", "distance": "jaccard"},
-        "grpo": {"max_completion_length": 5, "n_generations": 4, "search_rollouts": 6},
-    }  # fmt: skip
-
-    def build(method: str, name: str | None = None, **changes) -> TrainConfig:
-        return from_mapping(common, {"method": method, "name": name or method}, changes)
-
-    return build
-
-
-def share_of_a(text: str) -> float:
-    return text.count("a") + text.count("e") + 0.1 * len(text)
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
+    return tiny_config(base, tmp_path)
 
 
 # Resume -----------------------------------------------------------------------------------------------------------
@@ -297,6 +256,22 @@ def test_weights_of_searched_groups_are_p_over_q(tmp_path):
     assert max(group.log_weights) - min(group.log_weights) > 1  # the search did tilt
 
 
+def test_weights_of_searched_groups_are_exact_for_monotone_rewards_too():
+    """Such a reward says at each token what is gained, which a look-ahead uses."""
+    lm, horizon, n = TableModel(random_logits(6, 3), 6), 3, 4000
+    settings = GRPOSettings(groups="search", search_rollouts=12, search_reward_scale=3.0)
+    (group,) = draw_searched(
+        lm, [Draw("0", n, seed=0)], reward=Paid(2), method=group_search(settings), max_new_tokens=horizon,
+        temperature=1.0,
+    )  # fmt: skip
+    exact = sum(math.exp(log_p) * ids.count(2) for ids, log_p in lm.sequences(horizon, (0,)))
+    weighted = torch.tensor(
+        [math.exp(w) * ids.count(2) for w, ids in zip(group.log_weights, group.token_ids, strict=True)]
+    )
+    assert weighted.mean().item() == pytest.approx(exact, abs=4 * weighted.std().item() / math.sqrt(n))
+    assert sum(ids.count(2) for ids in group.token_ids) / n > 1.1 * exact  # the search did tilt
+
+
 # Data and failures ------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +350,42 @@ def test_expert_iteration_trains_on_draws_from_the_search(config):
     assert any(draw["cut"] for draw in draws)
     assert all(len(draw["response"]) < 5 for draw in draws if not draw["cut"])  # the fifth token was the end
     assert json.loads((second / "training_config.json").read_text())["checkpoint_path"] == str(first)
+
+
+def test_interrupted_expert_iteration_ends_like_an_uninterrupted_one(config):
+    from dts.training.expert import expert_iteration
+
+    settings = {"max_completion_length": 5, "n_generations": 2, "search_rollouts": 6, "temperature": 1.0}
+    whole = config("sft", "whole", max_steps=2, save_steps=1, grpo=settings)
+    cut = replace(whole, name="cut")
+    wanted = expert_iteration(whole, share_of_a, rounds=2)
+    asked: list[str] = []
+    limit = 0
+
+    def failing(text: str) -> float:
+        asked.append(text)
+        if len(asked) == limit:
+            raise KeyboardInterrupt
+        return share_of_a(text)
+
+    first = Path(cut.output) / "cut_round1" / "seed_42"
+    for calls, done in ((20, False), (80, True)):  # while it draws: in the first round, then in the second
+        limit = calls
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            expert_iteration(cut, failing, rounds=2, resume="auto")
+        assert (first / "trainer_state.json").exists() == done
+    limit = -1
+    asked.clear()
+    found = expert_iteration(cut, failing, rounds=2, resume="auto")
+    assert found[0] == first and asked
+    for one, other in zip(found, wanted, strict=True):
+        assert (one / "draws.jsonl").read_text() == (other / "draws.jsonl").read_text()
+        assert same(adapter(one), adapter(other))
+    asked.clear()
+    assert expert_iteration(cut, failing, rounds=2, resume="auto") == found and not asked
+    with pytest.raises(dts.UsageError, match="give auto"):
+        expert_iteration(cut, failing, rounds=2, resume="somewhere")
 
 
 def test_draws_are_a_search_s_finished_sequences_by_their_shares(tiny_lm):

@@ -11,13 +11,34 @@ import torch
 from dts.decoding import as_scorer, target_of
 from dts.models.table import TableModel
 from dts.results import Result
-from dts.rewards import Context
+from dts.rewards import Context, Reward
 from dts.search import Search, run
 from dts.settings import Decoding
 from dts.softvalue import SoftValues
 from dts.tree import Tree
 
 LOG = math.log
+
+
+class Paid(Reward):
+    """1 for each time that a token comes: monotone."""
+
+    name, monotone = "paid", True
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def start(self, context):
+        return 0
+
+    def extend(self, states, tokens):
+        return [state + (token == self._token) for state, token in zip(states, tokens, strict=True)]
+
+    def earned(self, states):
+        return [float(state) for state in states]
+
+    def finish(self, states, finished):
+        return self.earned(states)
 
 
 class Uniforms:

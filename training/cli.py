@@ -37,7 +37,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dts.training", description="Fine-tuning with LoRA: SFT, polychromic, GRPO.")
+    parser = _Parser(
+        prog="python -m dts.training", description="Fine-tuning with LoRA: SFT, polychromic, GRPO, node targets."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("train", help="run one config, for one seed or several", allow_abbrev=False)
     one.add_argument("--config", required=True, metavar="FILE", help="a file of configs/experiments")
@@ -51,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     expert.add_argument("--config", required=True, metavar="FILE", help="its grpo section sets reward and search")
     expert.add_argument("--rounds", type=int, default=2, metavar="N", help="(default: 2)")
     _run_options(expert)
+    _resume_option(expert)
     for name, (_module, about) in ELSEWHERE.items():
         commands.add_parser(name, help=about, add_help=False)
     return parser
@@ -141,7 +144,9 @@ def configs(arguments: argparse.Namespace, file: str | Path) -> list[TrainConfig
     content, changes = read_config(file), [assignment(text) for text in arguments.set]
     layers: list[Mapping[str, Any]] = [content, *changes]
     if arguments.smoke:
-        layers.insert(1, smoke_layer(*layers, rewarded=arguments.command == EXPERT or _is_grpo(layers)))
+        layers.insert(
+            1, smoke_layer(*layers, rewarded=arguments.command == EXPERT or _method(layers) in ("grpo", "distill"))
+        )
     layers.append({key: getattr(arguments, key) for key in ("data", "output") if getattr(arguments, key) is not None})
     try:
         config = from_mapping(*layers)
@@ -150,8 +155,8 @@ def configs(arguments: argparse.Namespace, file: str | Path) -> list[TrainConfig
     return [replace(config, seed=seed) for seed in arguments.seeds or [config.seed]]
 
 
-def _is_grpo(layers: Sequence[Mapping[str, Any]]) -> bool:
-    return next((layer["method"] for layer in reversed(layers) if "method" in layer), None) == "grpo"
+def _method(layers: Sequence[Mapping[str, Any]]) -> Any:
+    return next((layer["method"] for layer in reversed(layers) if "method" in layer), None)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -182,9 +187,12 @@ def _expert_iteration(arguments: argparse.Namespace) -> int:
     from dts.training.run import prepare
 
     for config in runs:
-        rows = prepare(replace(config, method="grpo", name=f"{config.name}_round1"), overwrite=arguments.overwrite)
+        resume, first = arguments.resume_from_checkpoint, replace(config, method="grpo", name=f"{config.name}_round1")
+        rows = prepare(first, overwrite=arguments.overwrite or bool(resume))
         reward = find_reward(config.grpo.reward, rows, search=True)
-        for folder in expert_iteration(config, reward, rounds=arguments.rounds, overwrite=arguments.overwrite):
+        for folder in expert_iteration(
+            config, reward, rounds=arguments.rounds, resume=resume, overwrite=arguments.overwrite
+        ):
             _show(folder)
     return OK
 
@@ -194,7 +202,7 @@ def _show(folder: Path) -> None:
 
     history = read_history(folder)
     print(f"{folder}: {len(history)} steps")
-    for key in ("loss", "diversity_score", "combined_loss", "avg_reward", "kl_penalty"):
+    for key in ("loss", "diversity_score", "combined_loss", "avg_reward", "kl_penalty", "kl_to_start"):
         values = [record[key] for record in history if key in record]
         if values:
             print(f"  {key}: {' '.join(f'{value:.3g}' for value in _thinned(values))}")

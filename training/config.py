@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from dts.errors import UsageError
 from dts.yamlfile import parse_yaml
 
-METHODS = ("sft", "polychromic", "grpo")
+METHODS = ("sft", "polychromic", "grpo", "distill")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -95,9 +95,11 @@ class GRPOSettings:
     scale_rewards: str = "group"  # group: advantages divided by the group's standard deviation; none: not
     prompts: str = "distinct"  # distinct: each different prompt once an epoch, shuffled; file: every line, in order
     examples: str = "train"  # earlier turns of a prompt. train: part of it; draw: only seen by half of a group's draws
-    groups: str = "sample"  # sample: drawn from the policy; search: from a tree search, with importance weights
+    groups: str = "sample"  # sample: drawn from the policy; tree: with shared beginnings; search: from a tree search
     search_rollouts: int = 16  # groups: search; finished paths of the search before the group is drawn
     search_reward_scale: float = 4.0  # groups: search; lambda of the distribution that is drawn from
+    tree_roots: int = 4  # groups: tree; draws after the prompt, each of which is split until there are n_generations
+    tree_segment: int = 8  # groups: tree; tokens between splits in two
     diversity_weight: float = 0.0  # lambda of a diversity term beside the reward
 
     def __post_init__(self) -> None:
@@ -111,7 +113,10 @@ class GRPOSettings:
         _one_of(self, owner, "scale_rewards", ("group", "none"))
         _one_of(self, owner, "prompts", ("distinct", "file"))
         _one_of(self, owner, "examples", ("train", "draw"))
-        _one_of(self, owner, "groups", ("sample", "search"))
+        _one_of(self, owner, "groups", ("sample", "search", "tree"))
+        _at_least_one(self, owner, "tree_segment")
+        if self.groups == "tree":
+            self._check_tree()
         if self.diversity_weight > 0 and (self.loss_type, self.scale_rewards) != ("dr_grpo", "none"):
             raise UsageError(
                 f"grpo.diversity_weight={self.diversity_weight} needs grpo.loss_type=dr_grpo and "
@@ -122,13 +127,51 @@ class GRPOSettings:
                 f"grpo.diversity_weight={self.diversity_weight} needs grpo.n_generations >= 3 and grpo.groups=sample"
             )
 
+    @property
+    def tree_splits(self) -> int:
+        """How often a path is split in two."""
+        return int(math.log2(self.n_generations / self.tree_roots))
+
+    def _check_tree(self) -> None:
+        roots, group = self.tree_roots, self.n_generations
+        if roots < 2 or roots > group or roots * 2**self.tree_splits != group:
+            raise UsageError(
+                f"grpo.tree_roots={roots} is not allowed; give a number >= 2 that doubles to n_generations={group}"
+            )
+        last = self.tree_segment * self.tree_splits
+        if last >= self.max_completion_length:
+            raise UsageError(
+                f"grpo.tree_segment={self.tree_segment} splits paths at {last} tokens, and they end at "
+                f"max_completion_length={self.max_completion_length}; lower it, or raise grpo.tree_roots"
+            )
+        if (self.prompts, self.examples) != ("distinct", "train"):
+            raise UsageError("grpo.groups=tree needs grpo.prompts=distinct and grpo.examples=train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSettings:
+    """Node targets: the searches that they come from. The training itself has the settings of every run."""
+
+    reward: str = "heuristic"  # heuristic, a reward model's folder or file, or module:function
+    rollouts: int = 8  # finished sequences of each prompt's search
+    reward_scale: float = 8.0  # lambda: 1 / the coefficient of the KL to the start in what is optimised
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # of the start, of the searches and of the policy that is taught
+
+    def __post_init__(self) -> None:
+        owner = "distill."
+        _check(owner, "reward", self.reward, bool, "heuristic, a reward model's path, or module:function")
+        _at_least_one(self, owner, "rollouts", "max_new_tokens")
+        _finite(self, owner, "reward_scale")
+        _above_zero(self, owner, "temperature")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One run. Field names are the keys of the YAML files."""
 
     name: str
-    method: str  # sft, polychromic or grpo
+    method: str  # sft, polychromic, grpo or distill
     model: str = "Qwen/Qwen3-8B"  # registry name, hub id or local folder
     data: tuple[str, ...] = ()  # JSON Lines files or patterns
     checkpoint_path: str | None = None  # a LoRA folder to start from; {seed} stands for the seed
@@ -143,7 +186,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    batch_size: int = 4  # sequences per forward and backward pass
+    batch_size: int = 4  # sequences (distill: trees) per forward and backward pass
     accumulation: int = 4  # passes per optimizer step; GRPO raises it until groups fit
     max_length: int = 512  # tokens of prompt and response together; longer responses are cut
     completion_only_loss: bool = True  # sft: the loss is of the response; false: of the prompt too
@@ -151,6 +194,7 @@ class TrainConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     polychromic: PolychromicSettings = field(default_factory=PolychromicSettings)
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
 
     def __post_init__(self) -> None:
         _check("", "name", self.name, _NAME.fullmatch, "letters, digits, '.', '_' and '-' only")
@@ -163,6 +207,16 @@ class TrainConfig:
         _one_of(self, "", "schedule", SCHEDULES)
         if not self.completion_only_loss and self.method != "sft":
             raise UsageError(f"completion_only_loss=false is for method: sft, not {self.method}; leave it out")
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the method draws its own completions and has a reward judge them."""
+        return self.method in ("grpo", "distill")
+
+    @property
+    def reward(self) -> str:
+        """The reward that such a method names."""
+        return self.distill.reward if self.method == "distill" else self.grpo.reward
 
     @property
     def warm_start(self) -> str | None:
@@ -195,13 +249,15 @@ SMOKE: dict[str, Any] = {
     "lora": {"r": 4, "alpha": 8},
     "polychromic": {"n_samples": 3, "max_new_tokens": 16},
     "grpo": {"n_generations": 4, "max_completion_length": 16, "search_rollouts": 8},
+    "distill": {"rollouts": 8, "max_new_tokens": 16},
 }
 
 
 def smoke_layer(*layers: Mapping[str, Any], rewarded: bool) -> dict[str, Any]:
     """`SMOKE` for a config. rewarded: a reward scores its prompts; one of the user's own needs the config's data."""
     given = _merge(layers)
-    own = rewarded and ":" in str(given.get("grpo", {}).get("reward", "")) and given.get("data")
+    section = "distill" if given.get("method") == "distill" else "grpo"
+    own = rewarded and ":" in str(given.get(section, {}).get("reward", "")) and given.get("data")
     return {**SMOKE, "data": given["data"], "max_rows": 16} if own else SMOKE
 
 

@@ -103,8 +103,7 @@ class GroupTrainer(GRPOTrainer):
         }  # fmt: skip
         if settings.groups == "sample":
             return (draw_samples(lm, draw.prompt, draw.n, seed=draw.seed, **common) for draw in draws)
-        method = MaxEnt(settings.search_rollouts, settings.search_reward_scale)
-        return draw_searched(lm, draws, reward=self._search_reward, method=method, **common)
+        return draw_searched(lm, draws, reward=self._search_reward, method=group_search(settings), **common)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         output = super()._generate_and_score_completions(inputs)
@@ -129,6 +128,12 @@ class GroupTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self._meter.take()}, start_time)
+
+
+def group_search(settings: GRPOSettings) -> MaxEnt:
+    """The search that a group is drawn from. No look-ahead: it tilts the draws beyond the tree, and
+    `SoftValues.log_prob`, which their weights come from, knows of no tilt."""
+    return MaxEnt(settings.search_rollouts, settings.search_reward_scale, lookahead=0)
 
 
 def trained_prompt(prompt: Any, settings: GRPOSettings) -> Any:
@@ -197,7 +202,7 @@ def build_grpo(
         model=model,
         reward_funcs=rewards,
         args=args,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in _fitting(config, rows, lm)]),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in fitting_groups(config, rows, lm)]),
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[Watch(config.model)],
@@ -206,13 +211,19 @@ def build_grpo(
     )
 
 
-def _fitting(config: TrainConfig, rows: Sequence[Row], lm: HFModel) -> list[list[dict[str, str]]]:
+def fitting_groups(config: TrainConfig, rows: Sequence[Row], lm: HFModel) -> list[list[dict[str, str]]]:
     """Prompts that leave room for a completion within max_length."""
-    room = config.max_length - config.grpo.max_completion_length
-    prompts = prompts_of(config, rows)
-    fitting = [prompt for prompt in prompts if len(lm.encode(prompt)) <= room]
-    if len(fitting) < len(prompts):
-        log.warning("%d of %d prompts left out: longer than max_length - grpo.max_completion_length = %d tokens",
-                    len(prompts) - len(fitting), len(prompts), room)  # fmt: skip
-    check_groups(config, len(fitting))
-    return fitting
+    prompts = fitting(prompts_of(config, rows), lm, config.max_length - config.grpo.max_completion_length)
+    check_groups(config, len(prompts))
+    return prompts
+
+
+def fitting(prompts: list[list[dict[str, str]]], lm: HFModel, room: int) -> list[list[dict[str, str]]]:
+    """The prompts of at most `room` tokens; the rest is left out with a warning. Raises `UsageError` for none."""
+    short = [prompt for prompt in prompts if len(lm.encode(prompt)) <= room]
+    if len(short) < len(prompts):
+        log.warning("%d of %d prompts left out: longer than max_length less the longest completion = %d tokens",
+                    len(prompts) - len(short), len(prompts), room)  # fmt: skip
+    if not short:
+        raise UsageError(f"every prompt is longer than the {room} tokens that a completion leaves; raise max_length")
+    return short

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 # Logged under these names by trackers and, with the prefix, in trainer_state.json.
 TRACKED = (
     "diversity_score", "combined_loss", "quality_loss", "avg_unique_words",
-    "policy_loss", "avg_reward", "kl_penalty", "total_loss",
+    "policy_loss", "avg_reward", "kl_penalty", "total_loss", "target_kl", "kl_to_start",
 )  # fmt: skip
 KL_LIMIT = 50.0  # nats per sequence
 KL_JUMP = 10.0  # times the median of the steps before, from 5 nats on

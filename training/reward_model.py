@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from dts.errors import UnavailableError, UsageError
 from dts.models.huggingface import HFModel
 from dts.models.loading import check_available, pick_device
 from dts.models.registry import resolve
+from dts.training.checkpoints import check_settings, to_continue
 from dts.training.command import run_command
 from dts.training.data import Row, read_rows
 from dts.training.engagement import fit_engagement, load_engagement
@@ -35,7 +38,7 @@ from dts.training.heuristic_reward import completion_text
 log = logging.getLogger(__name__)
 
 KINDS = ("pairwise", "tfidf-ridge")
-FILE = "reward_model.json"
+FILE, SETTINGS = "reward_model.json", "reward_training.json"
 BATCH = 16  # texts scored together
 CALIBRATION = 256  # training replies whose scores give the mean and the spread; also the most held-out pairs
 LEAST = 1e-3  # of the spread of raw scores, so that a constant model gives 0.5 and no division by zero
@@ -55,6 +58,7 @@ class RewardModelSettings:
     max_length: int = 256  # tokens of prompt and reply together; the prompt loses its beginning
     pairs_per_group: int = 16
     held_out: float = 0.1  # share of groups kept for the accuracy that is reported
+    save_steps: int = 50  # optimizer steps between checkpoints of a pairwise model
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -65,6 +69,7 @@ class RewardModelSettings:
             "batch_size": (self.batch_size >= 1, "a whole number >= 1"),
             "lora_r": (self.lora_r >= 0, "a whole number >= 0"),
             "max_length": (self.max_length >= 8, "a whole number >= 8"),
+            "save_steps": (self.save_steps >= 1, "a whole number >= 1"),
             "pairs_per_group": (self.pairs_per_group >= 1, "a whole number >= 1"),
             "held_out": (0 <= self.held_out < 1, "a number in [0, 1)"),
         }
@@ -122,16 +127,25 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
 # Training ----------------------------------------------------------------------------------------------------------
 
 
-def train_reward_model(rows: Sequence[Row], output: str | Path, settings: RewardModelSettings) -> LearnedReward:
+def train_reward_model(
+    rows: Sequence[Row],
+    output: str | Path,
+    settings: RewardModelSettings,
+    *,
+    resume: str | None = None,
+    callbacks: Sequence[Any] = (),
+) -> LearnedReward:
     """Train, save to `output`, and return the reward. Rows need response and engagement, and a group or a prompt that
-    several of them share."""
+    several of them share. resume: "auto" for the newest whole checkpoint of the folder (from the start if there is
+    none), or a checkpoint; the same rows and settings end in the same weights. callbacks: of `transformers`."""
     folder = Path(output)
+    start = _start(rows, folder, settings, resume)
     train, held_out = hold_out(rows, settings.held_out, settings.seed)
     pairs = make_pairs(train, settings.pairs_per_group, settings.seed)
     if not pairs:
         raise UsageError(f"{len(train)} training rows hold no two of one group with different engagement; give groups")
     build = _train_ridge if settings.kind == "tfidf-ridge" else _train_pairwise
-    raw = build(train, pairs, folder, settings)
+    raw = build(train, pairs, folder, settings, start, callbacks)
     some = random.Random(settings.seed).sample(train, min(CALIBRATION, len(train)))
     scores = raw([row.prompt for row in some], [row.response or "" for row in some])
     about = {
@@ -146,6 +160,22 @@ def train_reward_model(rows: Sequence[Row], output: str | Path, settings: Reward
     }
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return LearnedReward(raw, about)
+
+
+def _start(rows: Sequence[Row], folder: Path, settings: RewardModelSettings, resume: str | None) -> Path | None:
+    """The checkpoint to continue from. Writes the settings, and clears what an earlier run left, where there is none.
+    Raises `UsageError` for other settings or rows than those of the checkpoint."""
+    content = json.dumps([[row.prompt, row.response, row.engagement, row.group] for row in rows])
+    now = {**dataclasses.asdict(settings), "rows": hashlib.sha256(content.encode()).hexdigest()}
+    checkpoint = to_continue(folder, resume)
+    if checkpoint is not None:
+        check_settings(checkpoint.parent / SETTINGS, now)
+        return checkpoint
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    return None
 
 
 def _accuracy(raw: Callable[..., np.ndarray], pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
@@ -169,14 +199,19 @@ def _accuracy(raw: Callable[..., np.ndarray], pairs: Sequence[tuple[Row, Row]]) 
     return {"pairs": len(pairs), "groups": len(counts), "accuracy": float(right.mean()), "interval": interval}
 
 
-def _train_ridge(train: Sequence[Row], pairs: object, folder: Path, settings: object) -> Callable[..., np.ndarray]:
+def _train_ridge(train: Sequence[Row], pairs: object, folder: Path, *_: object) -> Callable[..., np.ndarray]:
     model = fit_engagement(train)
     model.save(folder)
     return lambda prompts, replies: model.predict(replies)
 
 
 def _train_pairwise(
-    train: Sequence[Row], pairs: Sequence[tuple[Row, Row]], folder: Path, settings: RewardModelSettings
+    train: Sequence[Row],
+    pairs: Sequence[tuple[Row, Row]],
+    folder: Path,
+    settings: RewardModelSettings,
+    start: Path | None,
+    callbacks: Sequence[Any],
 ) -> Callable[..., np.ndarray]:
     require_train_extra()
     from datasets import Dataset
@@ -193,7 +228,8 @@ def _train_pairwise(
         output_dir=str(folder), max_length=None, num_train_epochs=settings.epochs,
         max_steps=settings.max_steps, learning_rate=settings.learning_rate, seed=settings.seed,
         per_device_train_batch_size=settings.batch_size, use_cpu=cpu, bf16=False, gradient_checkpointing=False,
-        center_rewards_coefficient=0.01, save_strategy="no", report_to="none", logging_steps=10, disable_tqdm=True,
+        center_rewards_coefficient=0.01, save_strategy="steps", save_steps=settings.save_steps,
+        report_to="none", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     trainer = RewardTrainer(
         model=model,
@@ -201,9 +237,9 @@ def _train_pairwise(
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         peft_config=_lora(settings.lora_r),
+        callbacks=list(callbacks),
     )
-    trainer.train()
-    folder.mkdir(parents=True, exist_ok=True)
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return _scorer(trainer.model, encode)
@@ -307,6 +343,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(value), default=value, metavar="X", help=f"default: {value}"
         )
+    parser.add_argument(
+        "--resume-from-checkpoint", metavar="auto|DIR", help="continue with the newest checkpoint of --output, or DIR"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -314,7 +353,7 @@ def main(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(RewardModelSettings)]
     settings = RewardModelSettings(**{name: getattr(args, name) for name in names})
     rows = read_rows(args.data, need=("prompt", "response", "engagement"))
-    about = train_reward_model(rows, args.output, settings).about
+    about = train_reward_model(rows, args.output, settings, resume=args.resume_from_checkpoint).about
     found = about["held_out"]
     shown = "no held-out pairs"
     if found["accuracy"] is not None:

@@ -19,7 +19,9 @@ from dts.training.estimator import mean_distances
 TrlReward = Callable[..., list[float]]
 
 
-def find_reward(name: str, rows: Sequence[Row], *, search: bool = False) -> Reward | Callable[..., Any]:
+def find_reward(
+    name: str, rows: Sequence[Row], *, search: bool = False, option: str = "grpo.reward"
+) -> Reward | Callable[..., Any]:
     """`heuristic` (fitted on these rows where it fits anything), a saved reward model's path, or `module:function`.
 
     search: the reward guides a search too, so it must not depend on the other completions of a call.
@@ -33,7 +35,7 @@ def find_reward(name: str, rows: Sequence[Row], *, search: bool = False) -> Rewa
         from dts.training.reward_model import load_reward_model
 
         return load_reward_model(name)
-    found: Callable[..., Any] = named(name, {"heuristic": None}, "grpo.reward")
+    found: Callable[..., Any] = named(name, {"heuristic": None}, option)
     return found
 
 

@@ -22,22 +22,23 @@ from dts.training.adapters import (
     load_for_training,
     name_base,
 )
+from dts.training.checkpoints import check_settings, to_continue
 from dts.training.config import TrainConfig
 from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
 from dts.training.extra import require_train_extra
+from dts.training.kept import TREES
 from dts.training.rewards import check_prompts, find_reward
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 SETTINGS = "training_config.json"
 
 
 def prepare(config: TrainConfig, *, resume: str | None = None, overwrite: bool = False) -> list[Row]:
     """The rows of a run, once everything that can be checked without a model has been. Raises `DTSError`."""
     require_train_extra()
-    need = ("prompt",) if config.method == "grpo" else ("prompt", "response")
+    need = ("prompt",) if config.rewarded else ("prompt", "response")
     if not config.data:
         raise UsageError("no training data: give --data FILE, or the key data in the config")
     rows = read_rows(config.data, need=need)
@@ -46,8 +47,9 @@ def prepare(config: TrainConfig, *, resume: str | None = None, overwrite: bool =
     if config.method == "polychromic":
         named(config.polychromic.distance, DISTANCES, "polychromic.distance")
         named(config.polychromic.gate, GATES, "polychromic.gate")
-    if config.method == "grpo" and ":" in config.grpo.reward:
-        check_prompts(named(config.grpo.reward, {}, "grpo.reward"), rows, f"grpo.reward={config.grpo.reward}")
+    if config.rewarded and ":" in config.reward:
+        option = f"{config.method}.reward"
+        check_prompts(named(config.reward, {}, option), rows, f"{option}={config.reward}")
     check_warm_start(config)
     check_folder(config, resume, overwrite)
     return rows
@@ -68,7 +70,8 @@ def train(
 
     resume: "auto" for the newest whole checkpoint of the folder (from the start if there is none), or a checkpoint.
     overwrite: replace a run that is in the folder. model: a (model, tokenizer) pair in place of `config.model`; it is
-    changed. reward: for GRPO, in place of the one the config names. callbacks: of `transformers`, added to our own.
+    changed. reward: for grpo and distill, in place of the one the config names. callbacks: of `transformers`, added to
+    our own.
     """
     rows = prepare(config, resume=resume, overwrite=overwrite)
     if model is None:
@@ -116,13 +119,23 @@ def _build(
         from dts.training.grpo import build_grpo, check_groups, prompts_of
 
         check_groups(config, len(prompts_of(config, rows)))
-        if reward is None:
-            reward = find_reward(config.grpo.reward, rows, search=config.grpo.groups == "search")
+    if config.rewarded and reward is None:
+        guides = config.method == "distill" or config.grpo.groups != "sample"
+        reward = find_reward(config.reward, rows, search=guides, option=f"{config.method}.reward")
     set_seed(config.seed)  # a new adapter is random
     model, tokenizer, lora = load_for_training(config, given)
     if config.method == "grpo":
         assert reward is not None
+        if config.grpo.groups == "tree":
+            from dts.training.treegroups import build_tree_grpo
+
+            return build_tree_grpo(config, rows, model, tokenizer, lora, arguments, reward)
         return build_grpo(config, rows, model, tokenizer, lora, arguments, reward)
+    if config.method == "distill":
+        from dts.training.distill import build_distill
+
+        assert reward is not None
+        return build_distill(config, rows, model, tokenizer, lora, arguments, reward)
     if config.method == "polychromic":
         from dts.training.polychromic import build_polychromic
 
@@ -175,48 +188,11 @@ def check_folder(config: TrainConfig, resume: str | None, overwrite: bool) -> No
 
 
 def _checkpoint(config: TrainConfig, resume: str | None) -> Path | None:
-    """The checkpoint to continue from, with its settings compared: others would bend the schedule or the data order."""
-    if resume is None:
-        return None
-    folder = Path(config.folder)
-    if resume != AUTO:
-        path = Path(resume)
-        if not _whole(path):
-            raise UsageError(
-                f"--resume-from-checkpoint {resume}: there is no whole checkpoint; give a checkpoint-N folder or auto"
-            )
-        folder = path.parent
-    else:
-        found = sorted(filter(_whole, folder.glob("checkpoint-*")), key=lambda p: int(p.name.rpartition("-")[2]))
-        if not found:
-            return None
-        path = found[-1]
-    _check_settings(config, folder / SETTINGS)
-    return path
-
-
-def _whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: its state is its last file."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / ADAPTER).is_file() and (checkpoint / "optimizer.pt").is_file()
-
-
-def _check_settings(config: TrainConfig, file: Path) -> None:
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot resume: {file} cannot be read ({error}); start anew with --overwrite") from error
-    now = json.loads(json.dumps(config.as_dict()))
-    changed = [key for key in now if key not in ("output", "name", "run_folder") and now[key] != before.get(key)]
-    if changed:
-        key = changed[0]
-        raise UsageError(
-            f"cannot resume with another {key}: the run has {before.get(key)!r}, now it is {now[key]!r}; use the same "
-            "settings, or start anew with --overwrite"
-        )
+    """The checkpoint to continue from, with its settings compared."""
+    checkpoint = to_continue(Path(config.folder), resume)
+    if checkpoint is not None:
+        check_settings(checkpoint.parent / SETTINGS, config.as_dict(), ("output", "name", "run_folder"))
+    return checkpoint
 
 
 def _restore_token_count(trainer: Any, checkpoint: Path) -> None:
@@ -228,7 +204,7 @@ def _restore_token_count(trainer: Any, checkpoint: Path) -> None:
 def _clear(folder: Path) -> None:
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
-    for name in (ADAPTER, "trainer_state.json"):
+    for name in (ADAPTER, "trainer_state.json", TREES):
         (folder / name).unlink(missing_ok=True)
 
 
