@@ -95,11 +95,11 @@ def rollouts(search: Search, policy: Policy) -> Steps:
     pruned: list[Path] = []
 
     def end(ended: list[Path]) -> None:
-        finished = [path for path in ended if search.tree.terminal[path.node]]
-        unfinished = [path for path in ended if not search.tree.terminal[path.node]]
-        pruned.extend(unfinished)
-        for path in unfinished:
-            if search.tree.outside[path.node]:
+        finished: list[Path] = []
+        for path in ended:
+            found_before = policy.distinct and search.scored(path.node)
+            (finished if search.tree.terminal[path.node] and not found_before else pruned).append(path)
+            if search.tree.outside[path.node] and not search.tree.terminal[path.node]:
                 policy.lose(path)
         recorded = len(search.rollouts)
         try:
@@ -152,8 +152,6 @@ def advance(
             yield from _expand(search, policy, expanding)
         ended = stopped[Choice.PRUNED]
         for path in stopped[None] + expanding:
-            if policy.distinct and search.scored(path.node):
-                continue  # it found nothing new
             if search.tree.terminal[path.node] or search.tree.outside[path.node] or policy.prunes(path):
                 ended.append(path)
             elif search.evaluated(path.node):  # a policy may choose an old child here

@@ -298,7 +298,7 @@ class CacheMachine(RuleBasedStateMachine):
     def archive_rows_are_neither_leaked_nor_shared(self):
         archive = self.session.cache._archive
         used = list(archive._row.values())
-        assert sorted([*used, *archive._free]) == list(range(archive._columns[0].shape[0]))
+        assert sorted([*used, *archive._rows.free]) == list(range(archive._rows.held))
         for slot in archive._row:  # an ancestor outlives its descendants
             parent = self.session.cache._parent[slot]
             assert parent == PROMPT_SLOT or parent in archive or self.session.cache._held(parent)
