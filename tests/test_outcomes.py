@@ -96,7 +96,7 @@ def test_the_tasks_own_prompts_are_in_the_test_part():
 @pytest.mark.parametrize("file", sorted((CONFIGS / "experiments").glob("*keywords*.yaml")), ids=lambda f: f.stem)
 def test_the_configs_name_a_reward_that_exists(file):
     config = from_mapping(read_config(file))
-    assert isinstance(find_reward(config.grpo.reward, []), Reward)
+    assert isinstance(find_reward(config.reward, []), Reward)
     assert config.data == ("configs/data/keywords_train.jsonl",)
 
 
