@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from dts.softvalue import SoftValues
-from dts.target import Target
 from dts.tree import Tree
+
+if TYPE_CHECKING:
+    from dts.target import Target  # imports torch, which commands do later
 
 
 @dataclass(frozen=True, slots=True)
