@@ -39,7 +39,7 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 
 smoke: $(VENV)/.installed-dev  ## --smoke of every training config on the embedded model (about 10 minutes)
 	$(RUN) -m dts fetch
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -q -m minutes tests/test_smoke.py $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -q -m minutes tests/test_smoke.py tests/test_power_real.py $(ARGS)
 
 coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models/; fails below 90 %
 	$(RUN) -m dts fetch

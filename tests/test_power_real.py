@@ -18,7 +18,7 @@ from dts.search import MaxEnt
 
 PROMPT, STEPS, WIDTH, TEMPERATURE = "The weather today is", 5, 3, 1.3
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.minutes
 
 
 @pytest.fixture(scope="module")
