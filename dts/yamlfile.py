@@ -45,15 +45,25 @@ def parse_json(line: str) -> Any:
 
 
 def _writable(value: Any) -> Any:
-    """The value itself. Escapes can spell half of a surrogate pair, which no tokenizer takes and no file can hold."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start : error.start + 1]
-        raise ValueError(f"it holds \\u{ord(half):04x}, half of a surrogate pair; write the whole character") from None
-    except (TypeError, ValueError, RecursionError):  # keys that JSON has not, or a YAML alias of itself
-        pass
+    """The value itself. Escapes can spell half of a surrogate pair, which no tokenizer takes and no file can hold. What
+    YAML's aliases share is looked at once: written out, nine lists of nine references each would be gigabytes."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            _check_text(part)
+        elif isinstance(part, (dict, list, tuple, set)) and id(part) not in seen:
+            seen.add(id(part))
+            waiting += [*part, *part.values()] if isinstance(part, dict) else part
     return value
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise ValueError(f"it holds \\u{half:04x}, half of a surrogate pair; write the whole character") from None
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -162,8 +163,13 @@ def test_a_yaml_that_grows_is_no_way_to_eat_memory(tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
-    with pytest.raises(UsageError, match="unknown key 'a0'"):
-        read_config_file(tmp_path / "a.yaml")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="unknown key 'a0'"):
+            read_config_file(tmp_path / "a.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_npz_file_holds_numbers_and_no_objects(tmp_path):

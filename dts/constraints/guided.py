@@ -104,8 +104,8 @@ class JsonSchema(Guided):
 
     def __init__(self, schema: Mapping[str, Any] | bool | str, whitespace: str | None = None) -> None:
         """whitespace: a regular expression for the white space between parts, such as " ?", which keeps small models
-        from writing white space for ever; None: all that JSON allows. Raises `UsageError` for a schema that is no JSON,
-        has a keyword that is not supported (named, with its place), or that nothing satisfies."""
+        from writing white space without end; None: all that JSON allows. Raises `UsageError` for a schema that is no
+        JSON, has a keyword that is not supported (named, with its place), or that nothing satisfies."""
         self._schema = _as_schema(schema)
         schema_grammar = _llguidance().LLMatcher.grammar_from_json_schema
         if fault := fault_in(self._schema, lambda part: _problem(schema_grammar(json.dumps(part)))):

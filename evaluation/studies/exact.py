@@ -9,7 +9,7 @@ compared with smoothed ones. Rewards lie in [0, 1], stretched where pi* would be
     python -m dts.evaluation.exact --scale 0 --power 2
 
 is power sampling: the target is p^2 exp(lambda r), here without a reward. Metropolis-Hastings draws at temperature
-1 / power, as in its paper; methods that know no power get its part of the target as a reward of the finished text.
+1 / power, as in its paper; samples of p are weighted by their part of the target.
 """
 
 from __future__ import annotations
@@ -191,9 +191,13 @@ def decode(case: Instance, method: Method, seed: int, budget: Budget | None = No
 
 
 def most_particles(case: Instance, tokens: int, method: ParticleFilter, seed: int) -> Result:
-    """A particle filter with as many particles as the tokens allow."""
+    """A particle filter with as many particles as the tokens allow; or, where these are enough for the whole tree, four
+    for each of its sequences."""
     low, high = 1, 2
-    while decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens:
+    while (
+        high <= 4 * len(case.sequences)
+        and decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens
+    ):
         low, high = high, 2 * high
     while high - low > max(1, low // 50):
         middle = (low + high) // 2

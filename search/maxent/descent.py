@@ -87,7 +87,7 @@ def pick(found: Sequence[Option], by_p: bool, uniform: float) -> Option:
 
 
 def _expanded(
-    search: Search, ahead: LookAhead, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
+    search: Search, ahead: LookAhead, visits: Visits, paths: Sequence[Path], tilts: Sequence[Mapping[int, float]]
 ) -> Readings[list[int]]:
     """A child for each path's node: for the path that wants it the likeliest token, new or not; for the others a new
     one by a draw from p times exp(tilt)."""
@@ -96,7 +96,10 @@ def _expanded(
         if path.note.likeliest:
             known = len(search.tree)
             child = children[id(path)] = yield from _likeliest(search, path.node)
-            ahead.value([child] if child >= known else [])
+            if child >= known:
+                ahead.value([child])
+            else:
+                visits.enter(child)
     others = [(path, tilt) for path, tilt in zip(paths, tilts, strict=True) if id(path) not in children]
     if others:
         drawn = yield from _draw(search, ahead, *zip(*others, strict=True))
@@ -114,7 +117,7 @@ def _likeliest(search: Search, node: int) -> Readings[int]:
     return (yield from readings.most_likely(search, [node]))[0]
 
 
-class Greedy:
+class GreedyPath:
     """When the path is launched that takes the likeliest token at each step: late enough to delay no early success."""
 
     def __init__(self, wanted: bool, rollouts: int | None) -> None:
@@ -166,7 +169,7 @@ class Sampler(Plain):
         self._visits = Visits(search.tree)
         limit = search.budget.rollouts
         greedy = greedy and limit != 1  # one rollout is a draw
-        self._greedy = Greedy(greedy, limit)
+        self._greedy = GreedyPath(greedy, limit)
         self._values = SoftValues(search.tree, reward_scale, self._visits, conserves=conserves(search))
         draws = limit - 1 if greedy and limit is not None else limit
         shares = (1 - explore, explore)
@@ -205,16 +208,13 @@ class Sampler(Plain):
         tilts = [self._values.foresight.tilt(path.node) for path in paths]
         by_token = [{} if path.note.explores else tilt.by_token for path, tilt in zip(paths, tilts, strict=True)]
         known = len(self.search.tree)
-        children = yield from _expanded(self.search, self._ahead, paths, by_token)
+        children = yield from _expanded(self.search, self._ahead, self._visits, paths, by_token)
         for path, child, tilt in zip(paths, children, tilts, strict=True):
-            if path.note.likeliest and child >= known:
+            if not path.note.likeliest:
+                log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
+                path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
+            elif child >= known:
                 self._values.force(child)
-            elif path.note.likeliest:
-                self._visits.enter(child)
-            if path.note.likeliest:
-                continue
-            log_factor = tilt.by_token.get(self.search.tree.token[child], 0.0)
-            path.note.trace.chose(0.0, [log_factor - tilt.log_mean, 0.0])
         return children
 
     def learn(self, path: Path) -> None:
@@ -267,7 +267,7 @@ class Optimiser(Plain):
         """greedy: one path takes the likeliest token at each step."""
         super().__init__(search)
         self._ahead, self._explore, self._widening = ahead, explore, widening
-        self._greedy, self._best = Greedy(greedy, search.budget.rollouts), best
+        self._greedy, self._best = GreedyPath(greedy, search.budget.rollouts), best
         self._bonus, self._brancher = bonus, brancher
         self._visits = Visits(search.tree)
         known = conserves(search)
@@ -358,12 +358,7 @@ class Optimiser(Plain):
     def expand(self, paths: Sequence[Path]) -> Readings[list[int]]:
         foresight = self._guide.foresight
         by_token = [{} if path.note.explores else foresight.tilt(path.node).by_token for path in paths]
-        known = len(self.search.tree)
-        children = yield from _expanded(self.search, self._ahead, paths, by_token)
-        for path, child in zip(paths, children, strict=True):
-            if path.note.likeliest and child < known:
-                self._visits.enter(child)
-        return children
+        return _expanded(self.search, self._ahead, self._visits, paths, by_token)
 
     def prunes(self, path: Path) -> bool:
         if self._best.beatable(path.node):

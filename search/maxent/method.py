@@ -59,8 +59,8 @@ class MaxEnt:
     power: the target is p^power exp(lambda r): above 1 it sharpens the model, also without a reward (power sampling,
     arXiv 2510.14901).
     order: what the best completion is. "reward": the highest reward, the likeliest of equals; `DTS*` stops where no
-    reward can be higher. "likelihood": the same, but `DTS*` goes on to likelier texts of the best reward. "target": the
-    mode of the target, power log p + lambda r; `DTS*` is led by soft values of the target to a power, which has the
+    reward can be higher. "likelihood": the same, but `DTS*` continues to likelier texts of the best reward. "target":
+    the mode of the target, power log p + lambda r; `DTS*` is led by soft values of the target to a power, which has the
     same mode, and estimates no distribution.
     greedy: the ninth rollout, or the last of fewer, takes the likeliest token at each step, so that nothing worse than
     greedy decoding is returned unless another budget ends the search before. It is no draw and no estimate takes it for
