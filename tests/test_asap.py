@@ -8,7 +8,7 @@ import torch
 
 import dts
 from dts.evaluation.studies.asap import ASAp
-from dts.evaluation.studies.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.instances import PROMPT, instance, total_variation
 
 CASE = instance(0, vocab_size=4, horizon=3, spread=1.0)  # token 0 ends a text
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dts
-from dts.evaluation.studies.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.instances import PROMPT, instance, total_variation
 from dts.models.table import TableModel, random_logits
 from dts.rewards import Context
 from dts.search import MCTS, Beam, BestOfN, Budget, Greedy, ParticleFilter, Sampling, Search, SelfConsistency

@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation.studies.exact import PROMPT, instance
+from dts.evaluation.studies.instances import PROMPT, instance
 from dts.search import MaxEnt
 from dts.search.maxent.branching import FEWEST_TEXTS, MOST_TEXTS, NUGGET, Brancher, Errors, SharedPrefixes
 from dts.tree import ROOT, Tree

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dts
-from dts.evaluation.studies.exact import PROMPT, instance
+from dts.evaluation.studies.instances import PROMPT, instance
 from dts.search import (
     MCTS,
     METHODS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dts
-from dts.evaluation.studies.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.instances import PROMPT, instance, total_variation
 from dts.logspace import logsumexp
 from dts.search import BestOfN, MaxEnt
 from dts.softvalue import SoftValues

@@ -31,8 +31,8 @@ from dts.errors import ModelError, RewardError, UnavailableError, UsageError
 from dts.evaluation import cli, data, run_folder
 from dts.evaluation.experiment.config import ExperimentConfig
 from dts.evaluation.run_folder import RunFolder, read_jsonl, write_text
-from dts.evaluation.studies.exact import PROMPT as TABLE_PROMPT
-from dts.evaluation.studies.exact import instance
+from dts.evaluation.studies.instances import PROMPT as TABLE_PROMPT
+from dts.evaluation.studies.instances import instance
 from dts.memory import is_out_of_memory
 from dts.models import rows
 from dts.models.huggingface import HFModel

@@ -10,7 +10,7 @@ import pytest
 from toys import finish
 
 import dts
-from dts.evaluation.studies.exact import PROMPT, instance, total_variation
+from dts.evaluation.studies.instances import PROMPT, instance, total_variation
 from dts.search import MaxEnt
 from dts.search.maxent.zestimate import Partition
 from dts.softvalue import SoftValues

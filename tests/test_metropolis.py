@@ -7,7 +7,8 @@ import pytest
 
 import dts
 from dts.errors import UsageError
-from dts.evaluation.studies.exact import PROMPT, distances, instance, main, total_variation
+from dts.evaluation.studies.exact import distances, main
+from dts.evaluation.studies.instances import PROMPT, instance, total_variation
 from dts.evaluation.studies.metropolis import MetropolisHastings
 from dts.search import Budget
 

@@ -12,7 +12,7 @@ import dts
 from dts.evaluation import cli
 from dts.evaluation.experiment import config
 from dts.evaluation.report.summary import _target
-from dts.evaluation.studies.exact import PROMPT, instance
+from dts.evaluation.studies.instances import PROMPT, instance
 from dts.search import Greedy, MaxEnt, ParticleFilter, aimed
 from dts.search.maxent.order import ORDERS
 from dts.target import LARGEST_POWER

@@ -9,7 +9,7 @@ import pytest
 from toys import Texts, run_with
 
 import dts
-from dts.evaluation.studies.exact import PROMPT, instance
+from dts.evaluation.studies.instances import PROMPT, instance
 from dts.results import Result
 from dts.search import MCTS, Beam, BestOfN, Greedy, MaxEnt, ParticleFilter, Sampling, SelfConsistency
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import dts
 from dts.evaluation.measures.metrics import independent_monotonicity, monotonicity, shuffled_monotonicity
 from dts.evaluation.rewards import Keywords, Length, Repetition
-from dts.evaluation.studies.exact import PROMPT, instance
+from dts.evaluation.studies.instances import PROMPT, instance
 from dts.rewards import Context, Finished
 from dts.search import BestOfN, MaxEnt
 
