@@ -36,6 +36,7 @@ from dts.search import BestOfN, MaxEnt, Method, ParticleFilter
 from dts.settings import Budget
 
 CHAINS = 16  # of Metropolis-Hastings, at most
+MOST = 3  # particles, or proposals of chains, for each rollout of MaxEnt: those that end in known texts cost no token
 
 
 def decode(
@@ -48,16 +49,13 @@ def decode(
     )  # fmt: skip
 
 
-def most_particles(case: Instance, tokens: int, method: ParticleFilter, seed: int) -> Result:
-    """A particle filter with as many particles as the tokens allow; or, where these are enough for the whole tree, four
-    for each of its sequences."""
+def most_particles(case: Instance, tokens: int, method: ParticleFilter, seed: int, most: int) -> Result:
+    """A particle filter with as many particles as the tokens allow, up to `most`: particles at known prefixes cost no
+    token, so that tokens alone would not end it."""
     low, high = 1, 2
-    while (
-        high <= 4 * int(case.inside.sum())
-        and decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens
-    ):
+    while high <= most and decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens:
         low, high = high, 2 * high
-    while high - low > max(1, low // 50):
+    while high - low > max(1, low // 10):
         middle = (low + high) // 2
         result = decode(case, dataclasses.replace(method, n=middle), seed)
         low, high = (middle, high) if result.usage.forwarded_tokens <= tokens else (low, middle)
@@ -72,7 +70,7 @@ def estimates(case: Instance, rollouts: int, scale: float, seed: int, power: flo
     tree = decode(case, MaxEnt(rollouts, reward_scale=scale, power=power), seed)
     assert tree.values is not None
     tokens = tree.usage.forwarded_tokens
-    smc = most_particles(case, tokens, ParticleFilter(1, reward_scale=scale, power=power), seed)
+    smc = most_particles(case, tokens, ParticleFilter(1, reward_scale=scale, power=power), seed, MOST * rollouts)
     samples = decode(case, BestOfN(20 * rollouts), seed, Budget(tokens=tokens), constrained=False)
     found = {
         "maxent": (tree, case.cooled(power).distribution(tree.values), tree.log_z),
@@ -82,7 +80,7 @@ def estimates(case: Instance, rollouts: int, scale: float, seed: int, power: flo
     if case.language is not None:
         return {**found, **_asap(case, 20 * rollouts, scale, seed, tokens)} if power == 1 else found
     chains = MetropolisHastings(
-        20 * rollouts, power=power, reward_scale=scale, chains=min(CHAINS, max(1, rollouts // 10))
+        MOST * rollouts, power=power, reward_scale=scale, chains=min(CHAINS, max(1, rollouts // 10))
     )
     moved = decode(case, chains, seed, Budget(tokens=tokens), temperature=1 / power)
     found["metropolis-hastings"] = moved, case.visited(moved, scale, power), math.nan

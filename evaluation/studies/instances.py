@@ -60,7 +60,7 @@ class Instance:
         return float(np.exp(self.log_p) @ self.inside)
 
     def among(self, mass: float, seed: int) -> Instance:
-        """The same with a random language of about this mass, and of at least 10 members, one in 200 of all sequences."""
+        """The same with a random language of about this mass, 10 members or more, and one in 200 of all sequences."""
         rng = np.random.default_rng([seed, round(1e6 * mass)])
         for _ in range(TRIES):
             case = dataclasses.replace(self, language=random_automaton(rng, self.lm.vocab_size))
