@@ -270,22 +270,27 @@ def _outside(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
 def _chosen(readings: Sequence[Reading], p: torch.Tensor, mass: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Tokens [B, 1], their log p, and the log of the mass outside them and outside all tokens drawn after the same
     node."""
-    together = _same_node(readings)
-    drawn = tokens if together is None else tokens[:, 0][torch.tensor(together, device=p.device)]
-    rest = mass.scatter(-1, drawn, 0.0).sum(-1, keepdim=True)
+    group, first = _by_node(readings)
+    if len(first) == len(group):
+        rest = mass.scatter(-1, tokens, 0.0).sum(-1, keepdim=True)
+    else:
+        of_row = torch.tensor(group, device=p.device)
+        left = mass[torch.tensor(first, device=p.device)].index_put((of_row, tokens[:, 0]), mass.new_zeros(()))
+        rest = left.sum(-1, keepdim=True)[of_row]
     return torch.cat([tokens.double(), p.gather(-1, tokens).log(), rest.log()], dim=-1)
 
 
-def _same_node(readings: Sequence[Reading]) -> list[list[int]] | None:
-    """For each row, all rows of its node, repeated to equal length; None where nodes are distinct."""
-    rows_of: dict[tuple[int, int], list[int]] = {}
-    keys = [(index, node) for index, reading in enumerate(readings) for node in reading.nodes]
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    most = max(map(len, rows_of.values()))
-    if most == 1:
-        return None
-    return [rows_of[key] + [row] * (most - len(rows_of[key])) for row, key in enumerate(keys)]
+def _by_node(readings: Sequence[Reading]) -> tuple[list[int], list[int]]:
+    """The node of each row, as its place among the distinct ones, and the first row of each of these."""
+    place: dict[tuple[int, int], int] = {}
+    first: list[int] = []
+    group = []
+    for row, key in enumerate((index, node) for index, reading in enumerate(readings) for node in reading.nodes):
+        if key not in place:
+            place[key] = len(first)
+            first.append(row)
+        group.append(place[key])
+    return group, first
 
 
 def _tilted(mass: torch.Tensor, tilts: Sequence[Mapping[int, float]]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -220,3 +221,16 @@ def test_several_draws_from_a_node_leave_the_mass_outside_all_of_them():
 
     dts.decode(lm, (1,), method=Twice(), max_new_tokens=1)
     assert outside == [([1, 2, 3], [0, 3, 1], pytest.approx(0.3))]
+
+
+def test_many_draws_from_one_node_take_memory_in_proportion_to_their_number():
+    """3,000 particles that begin at the root: each is no row of all the others."""
+    lm = TableModel(random_logits(6, seed=0), 6, eos=0)
+    tracemalloc.start()
+    try:
+        result = dts.decode(lm, (1,), reward=lambda text: 0.0, method=ParticleFilter(3000), max_new_tokens=2)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(result.rollouts) == 3000
+    assert most < 30e6

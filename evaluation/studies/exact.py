@@ -36,7 +36,7 @@ from dts.search import BestOfN, MaxEnt, Method, ParticleFilter
 from dts.settings import Budget
 
 CHAINS = 16  # of Metropolis-Hastings, at most
-MOST = 3  # particles, or proposals of chains, for each rollout of MaxEnt: those that end in known texts cost no token
+MOST = 20  # samples, particles, proposals of chains for each rollout of MaxEnt: those that end in known texts are free
 
 
 def decode(
@@ -55,7 +55,7 @@ def most_particles(case: Instance, tokens: int, method: ParticleFilter, seed: in
     low, high = 1, 2
     while high <= most and decode(case, dataclasses.replace(method, n=high), seed).usage.forwarded_tokens <= tokens:
         low, high = high, 2 * high
-    while high - low > max(1, low // 10):
+    while high - low > max(1, low // 20):
         middle = (low + high) // 2
         result = decode(case, dataclasses.replace(method, n=middle), seed)
         low, high = (middle, high) if result.usage.forwarded_tokens <= tokens else (low, middle)
@@ -71,25 +71,25 @@ def estimates(case: Instance, rollouts: int, scale: float, seed: int, power: flo
     assert tree.values is not None
     tokens = tree.usage.forwarded_tokens
     smc = most_particles(case, tokens, ParticleFilter(1, reward_scale=scale, power=power), seed, MOST * rollouts)
-    samples = decode(case, BestOfN(20 * rollouts), seed, Budget(tokens=tokens), constrained=False)
+    samples = decode(case, BestOfN(MOST * rollouts), seed, Budget(tokens=tokens), constrained=False)
     found = {
         "maxent": (tree, case.cooled(power).distribution(tree.values), tree.log_z),
         "particle filter": (smc, case.with_known(smc, scale, smc.log_z, power), smc.log_z),
         "weighted samples": (samples, *case.weighted_samples(samples, scale, power)),
     }
     if case.language is not None:
-        return {**found, **_asap(case, 20 * rollouts, scale, seed, tokens)} if power == 1 else found
+        return {**found, **_asap(case, MOST * rollouts, scale, seed, tokens)} if power == 1 else found
     chains = MetropolisHastings(
         MOST * rollouts, power=power, reward_scale=scale, chains=min(CHAINS, max(1, rollouts // 10))
     )
     moved = decode(case, chains, seed, Budget(tokens=tokens), temperature=1 / power)
     found["metropolis-hastings"] = moved, case.visited(moved, scale, power), math.nan
     if power == 1:
-        plain = decode(case, PlainDTS(20 * rollouts, reward_scale=scale), seed, Budget(tokens=tokens))
+        plain = decode(case, PlainDTS(MOST * rollouts, reward_scale=scale), seed, Budget(tokens=tokens))
         found["plain dts"] = plain, case.with_known(plain, scale, plain.log_z), plain.log_z
     else:
         cold = case.cooled(power)
-        drawn = decode(cold, BestOfN(20 * rollouts), seed, Budget(tokens=tokens))
+        drawn = decode(cold, BestOfN(MOST * rollouts), seed, Budget(tokens=tokens))
         found["low temperature"] = drawn, cold.weighted_samples(drawn, scale)[0], math.nan
     return found
 
