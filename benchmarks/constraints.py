@@ -8,13 +8,18 @@ holds the schema, after two answered questions on others. Rejection draws from p
 from p masked token by token. Condition samples p among the valid texts, by a tree or by a particle filter. Texts are
 checked by the package `jsonschema`. Log p is the model's own in all of them, weighted as the method weights its texts;
 tokens are without the prompt. One JSON line a schema and method; the same command continues after those that it has.
+
+`--methods awrs` is adaptive weighted rejection sampling with sequential Monte Carlo (arXiv 2504.05410) by genlm-control
+(extra `peers`, an environment of its own); its tokens are those that it drew, though it computes prefixes anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # with whether it 
     "condition, tree": (lambda n: MaxEnt(n, reward_scale=0.0), True),
     "condition, particles": (lambda n: ParticleFilter(n, reward_scale=0.0), True),
 }
+PEER = "awrs"
 KEY = ("schema", "method", "n", "tokens")
 
 
@@ -71,6 +77,46 @@ def prompt_of(entries: list[dict[str, Any]], index: int) -> list[dict[str, str]]
         question = QUESTION.format(ask=entry["ask"], schema=json.dumps(entry["schema"]))
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": json.dumps(entry["valid"])}]
     return turns[:-1]
+
+
+def own_log_p(lm: Any, prompt: list[int], tokens: list[int]) -> float:
+    """The model's log-probability of these tokens after the prompt."""
+    with torch.no_grad():
+        rows = lm.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return float(rows.gather(1, torch.tensor(tokens)[:, None]).sum())
+
+
+def measure_peer(lm: Any, entries: list[dict[str, Any]], index: int, method: str, options: Any) -> dict[str, Any]:
+    from genlm.backend.llm import AsyncTransformer
+    from genlm.control import AWRS, JsonSchema, PromptedLLM
+
+    entry, prompt = entries[index], list(lm.encode(prompt_of(entries, index)))
+    backend = AsyncTransformer(lm.model, lm.tokenizer, batch_size=options.n)
+    llm = PromptedLLM(backend, prompt_ids=prompt)
+    backend.cache_kv(prompt)
+    began = time.perf_counter()
+    sampler = AWRS(llm, JsonSchema(entry["schema"]).coerce(llm, f=b"".join), seed=1)
+    found = asyncio.run(sampler.smc(n_particles=options.n, ess_threshold=0.5, max_tokens=options.tokens))
+    seconds = time.perf_counter() - began
+    kept, texts, ended = [], [], 0
+    for context, share in zip(found.contexts, found.normalized_weights.tolist(), strict=True):
+        pieces = [piece for piece in context if isinstance(piece, bytes)]
+        if len(pieces) == len(context) or not share:  # cut, or outside the schema
+            continue
+        ended += 1
+        text = b"".join(pieces).decode(errors="replace")
+        if is_valid(text, entry["schema"]):
+            ids = [*llm.encode_tokens(pieces), lm.tokenizer.eos_token_id]
+            kept.append((own_log_p(lm, prompt, ids), share))
+            texts.append(text)
+    total = sum(share for _, share in kept)
+    return {
+        "schema": entry["name"], "method": method, "n": options.n, "tokens": options.tokens,
+        "found": ended, "valid": len(kept), "drawn": len(kept),
+        "log_p": sum(log_p * share for log_p, share in kept) / total if kept else None,
+        "forwarded": sum(map(len, found.contexts)), "seconds": seconds, "constraint_seconds": None,
+        "text": texts[0] if texts else "",
+    }  # fmt: skip
 
 
 def measure(lm: Any, entries: list[dict[str, Any]], index: int, method: str, options: Any) -> dict[str, Any]:
@@ -114,7 +160,7 @@ HEAD = (
 def report(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     masked = {row["schema"]: row["log_p"] for row in rows if row["method"] == "mask" and row["valid"]}
-    for method in METHODS:
+    for method in (*METHODS, PEER):
         own = [row for row in rows if row["method"] == method]
         if not own:
             continue
@@ -124,12 +170,13 @@ def report(rows: list[dict[str, Any]]) -> str:
             [row["log_p"] - masked[row["schema"]] for row in own if row["valid"] and row["schema"] in masked]
         )
         above = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval(gains)) if len(gains) > 1 and method != "mask" else ""
-        share = sum(row["constraint_seconds"] for row in own) / sum(row["seconds"] for row in own)
+        spent = [row["constraint_seconds"] for row in own if row["constraint_seconds"] is not None]
+        share = f"{sum(spent) / sum(row['seconds'] for row in own):.1%}" if spent else ""
         each = f"{sum(row['forwarded'] for row in own) / drawn:.0f}" if drawn else "none found"
         lines.append(
             f"| {method} | {len(own)} | {valid / max(found, 1):.0%} of {found} | "
             f"{drawn / sum(row['n'] for row in own):.0%} | {sum(not row['valid'] for row in own)} | "
-            f"{each} | {np.mean(logs) if logs else math.nan:.2f} | {above} | {share:.1%} |"
+            f"{each} | {np.mean(logs) if logs else math.nan:.2f} | {above} | {share} |"
         )
     return "\n".join(lines)
 
@@ -137,7 +184,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("constraints.jsonl"))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, PEER], default=list(METHODS))
     parser.add_argument("--schemas", type=int, default=20, help="take the first so many")
     parser.add_argument("--n", type=int, default=8, help="rollouts of each method")
     parser.add_argument("--tokens", type=int, default=80, help="greatest length")
@@ -153,7 +200,8 @@ def main() -> None:
             for method in options.methods:
                 if (entry["name"], method, options.n, options.tokens) in done:
                     continue
-                rows.append(measure(lm, entries, index, method, options))
+                run = measure_peer if method == PEER else measure
+                rows.append(run(lm, entries, index, method, options))
                 with options.output.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(json.dumps(rows[-1]), flush=True)
