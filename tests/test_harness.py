@@ -102,6 +102,7 @@ def test_greedy_gets_exactly_the_score_of_the_harness_own_model(folder):
     assert scores["rolling"]["word_perplexity,none"] > 1
 
 
+@pytest.mark.minutes
 def test_a_search_finds_what_a_reward_from_a_file_likes_and_takes_chat_templates(folder):
     register()
     more = f",method=maxent-star,rollouts=8,reward_file={folder / 'rewards.py'}:many_a"
@@ -115,7 +116,10 @@ def test_a_search_finds_what_a_reward_from_a_file_likes_and_takes_chat_templates
 @pytest.mark.minutes
 def test_the_commands_in_processes_of_their_own_print_the_same_scores(folder, tmp_path):
     scores = []
-    for command, given in ((["lm_eval", "--model", "hf"], ""), (["dts", "lm-eval", "--model", "dts"], ",method=greedy")):
+    for command, given in (
+        (["lm_eval", "--model", "hf"], ""),
+        (["dts", "lm-eval", "--model", "dts"], ",method=greedy"),
+    ):
         run = [
             sys.executable, "-m", *command, "--model_args", f"pretrained={folder / 'model'}{given}", "--tasks",
             "words,choose,rolling", "--include_path", str(folder / "tasks"), "--device", "cpu", "--batch_size", "3",

@@ -12,9 +12,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
 import httpx
+import openai
 from serving import Gate, serving
 from training_models import tiny_pair
 
@@ -90,7 +91,7 @@ def test_a_plain_request_is_answered_by_independent_draws(client, lm):
     answer = client.completions.create(model="tiny", prompt="ab", n=4, seed=1, max_tokens=2, temperature=0.3)
     alone = dts.decode(lm, "ab", method=Sampling(4), seed=1, max_new_tokens=2, temperature=0.3)
     assert [choice.text for choice in answer.choices] == [rollout.text for rollout in alone.rollouts]
-    assert len(set(choice.text for choice in answer.choices)) < 4  # equal draws are kept
+    assert len({choice.text for choice in answer.choices}) < 4  # equal draws are kept
 
 
 def test_temperature_0_is_greedy(client, lm):
@@ -253,23 +254,25 @@ def spoiled(rng):
     return json.dumps({**good, **changed}).encode()
 
 
-def test_a_thousand_malformed_requests_give_no_server_error(address, caplog):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.minutes)])
+def test_malformed_requests_give_no_server_error(address, caplog, count):
     rng, statuses = random.Random(0), {}
     with httpx.Client(base_url=address, headers={"Content-Type": "application/json"}) as plain:
-        for number in range(1000):
+        for number in range(count):
             path = "/v1/completions" if number % 2 else "/v1/chat/completions"
             reply = plain.post(path, content=spoiled(rng))
             statuses[reply.status_code] = statuses.get(reply.status_code, 0) + 1
             if reply.status_code != 200:
                 assert reply.json()["error"]["message"] and "Traceback" not in reply.text
-    assert set(statuses) <= {200, 400, 404} and statuses[400] > 600
+    assert set(statuses) <= {200, 400, 404} and statuses[400] > 0.6 * count
     assert not [record for record in caplog.records if record.exc_info]
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_hundred_requests_eight_at_once_answer_as_they_do_alone_and_nothing_is_kept(address, client, lm):
+@pytest.mark.parametrize("count", [24, pytest.param(100, marks=pytest.mark.minutes)])
+def test_requests_eight_at_once_answer_as_they_do_alone_and_nothing_is_kept(client, count):
     def asked(number):
         return client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": f"{'ab cd ef'[: 1 + number % 7]}"}], seed=number,
@@ -278,13 +281,13 @@ def test_a_hundred_requests_eight_at_once_answer_as_they_do_alone_and_nothing_is
 
     def trees():
         gc.collect()
-        return sum(isinstance(thing, Tree) for thing in gc.get_objects())
+        return sum(type(thing) is Tree for thing in gc.get_objects())
 
     before = trees()
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(asked, range(100)))
-    assert together[::9] == [asked(number) for number in range(0, 100, 9)]
-    assert len(set(together)) > 50
+        together = list(pool.map(asked, range(count)))
+    assert together[::9] == [asked(number) for number in range(0, count, 9)]
+    assert len(set(together)) > count / 2
     assert trees() <= before + 1
 
 
@@ -303,7 +306,11 @@ def submitted(worker):
 def test_more_waiting_requests_than_allowed_get_429(lm):
     gate = Gate()
     body = {"model": "tiny", "prompt": "ab", "max_tokens": 2, "reward": "gate", "method": "best-of-n", "rollouts": 1}
-    with serving(lm, {"gate": gate}, limits=Limits(waiting=1, seconds=600)) as (address, worker), ThreadPoolExecutor() as pool:
+    with (
+        serving(lm, {"gate": gate}, limits=Limits(waiting=1, seconds=600)) as (address, worker),
+        ThreadPoolExecutor() as pool,
+    ):
+
         def post():
             return httpx.post(f"{address}/v1/completions", json=body, timeout=60)
 
@@ -368,7 +375,7 @@ def test_rewards_are_the_public_functions_of_the_file(tmp_path):
     path.write_text(
         "from os import system\nimport dts\nfrom dts import Reward\n_hidden = len\n"
         "def polite(text):\n    return 1.0\ndef _private(text):\n    return 0.0\n"
-        "both = dts.weighted_sum([dts.as_reward(polite)], [2.0])\n"
+        "both = dts.clip(dts.as_reward(polite), 0.0, 2.0)\n"
     )
     assert set(rewards_of(path)) == {"polite", "both"}
     path.write_text("from os import system\n")

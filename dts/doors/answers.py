@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dts.doors.bodies import Asked
+from dts.doors.choices import first_rollouts
 from dts.results import Completion, Result, Rollout
 from dts.text import TextState, advance, flush
 
@@ -59,11 +60,7 @@ def answer_of(asked: Asked, results: list[Result], *, chat: bool, model: str, de
 def chosen(result: Result, n: int, independent: bool) -> list[Completion]:
     """n completions: the best distinct ones, the last of them again where fewer were found; or, for independent
     draws, those of the first n rollouts."""
-    if independent:
-        by_ids = {one.token_ids: one for one in result.completions}
-        picked = [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts[:n]]
-    else:
-        picked = result.completions[:n]
+    picked = first_rollouts(result, n) if independent else result.completions[:n]
     return picked + picked[-1:] * (n - len(picked))
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +59,7 @@ def build_app(service: Service) -> FastAPI:
     def key_given(request: Request) -> None:
         check_key(request, service.key)
 
-    app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, dependencies=[Depends(key_given)]
-    )
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, dependencies=[Depends(key_given)])
     _add_errors(app)
     entry = {"id": service.name, "object": "model", "created": service.started, "owned_by": "local",
              "rewards": sorted(service.rewards)}  # fmt: skip

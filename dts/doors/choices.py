@@ -1,4 +1,4 @@
-"""A method and a reward by the names that a command line, a request or a configuration gives."""
+"""What several doors share: a method and a reward by name, and the completions of rollouts in their order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from dts.errors import UsageError, shown
 from dts.evaluation.decode import find_method, find_reward
+from dts.results import Completion, Result
 from dts.rewards import Reward
 from dts.search import Method, aimed
 from dts.settings import check_real, check_whole
@@ -40,3 +41,9 @@ def reward_by_name(name: Any, file: Any = None) -> AnyReward | None:
     if not isinstance(given, str):
         raise UsageError(f"{option}{shown(given)} is not allowed; give FILE.py:FUNCTION or the name of a reward")
     return find_reward(given, option)
+
+
+def first_rollouts(result: Result, n: int) -> list[Completion]:
+    """What the first n rollouts wrote, the same text again included: for `Sampling`, independent draws from p."""
+    by_ids = {one.token_ids: one for one in result.completions}
+    return [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts[:n]]

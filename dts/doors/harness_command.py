@@ -28,17 +28,24 @@ def register() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 2 where the harness is not installed, or an option of ours cannot be used."""
+    wants_help = bool({"-h", "--help"}.intersection(argv))
+    if wants_help:
+        print(__doc__)
     try:
         register()
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
+        if wants_help:
+            raise SystemExit(0) from error
         print(f"error: lm_eval cannot be imported ({error}); run: pip install 'maxent-decoding[lm-eval]'",
               file=sys.stderr)  # fmt: skip
         return 2
-    sys.argv = ["lm_eval", *argv]  # the harness reads its options there
+    given, sys.argv = sys.argv, ["lm_eval", *argv]  # the harness reads its options there
     try:
         cli_evaluate()
     except DTSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        sys.argv = given
     return 0
