@@ -11,6 +11,8 @@ from datasets import Dataset
 from training_models import tiny_pair
 from trl import GRPOConfig, GRPOTrainer
 
+from test_docs import blocks, run
+
 import dts
 from dts.doors.trl import draws, search_rollouts
 from dts.search import BestOfN, MaxEnt, Sampling
@@ -83,3 +85,13 @@ def test_prompts_that_do_not_come_in_groups_are_refused(tmp_path):
     trainer.model.train()
     with pytest.raises(dts.UsageError, match="do not come in groups of 4"):
         rollouts(["ab", "ab", "cd", "cd"], trainer)
+
+
+def test_the_example_of_the_page_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = dts.load(tiny_pair())
+    monkeypatch.setattr(dts, "load", lambda name: tiny, raising=False)
+    names = run(blocks("docs/doors.md")[1])
+    assert names["trainer"].state.global_step == 2
+    history = [log["reward"] for log in names["trainer"].state.log_history if "reward" in log]
+    assert all(0 < reward <= 1 for reward in history)

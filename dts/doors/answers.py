@@ -166,7 +166,7 @@ def as_stream(answer: Answer, *, with_usage: bool) -> Iterator[str]:
             text = {"delta": {"content": token.text}} if answer.chat else {"text": token.text}
             yield _chunk(answer, choice.index, text, _log_probs(answer, [token], offset))
             offset += len(token.text)
-        end = {
+        end: dict[str, Any] = {
             **({"delta": {}} if answer.chat else {"text": ""}),
             "finish_reason": REASONS[choice.completion.finished_by],
             "reward": choice.completion.reward,

@@ -82,8 +82,8 @@ class CompletionBody(Body):
     def prompts(self) -> list[Prompt]:
         """Each text or list of token ids."""
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]  # one text, or the ids of one
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]  # one text, or the ids of one
+        return list(self.prompt)  # type: ignore[arg-type]  # texts, or ids of several
 
     def limit(self) -> int | None:
         return LEGACY_TOKENS if self.max_tokens is None else self.max_tokens

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from dts.doors.app import build_app
 
-    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info")
+    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=5)
     return 0
 
 
