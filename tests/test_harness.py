@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,7 @@ from training_models import tiny_pair
 
 import dts
 from dts.doors.harness import SearchLM, decoding_of
-from dts.doors.harness_command import register
+from dts.doors.harness_command import HOME, register
 from dts.search import MaxEnt
 
 QUESTIONS = ["ab cd", "ef gh ij", "a b c d", "zyx", "kl mn op", "the end"]
@@ -111,6 +113,13 @@ def test_a_search_finds_what_a_reward_from_a_file_likes_and_takes_chat_templates
     assert "".join(found).count("a") > "".join(greedy).count("a")
     assert greedy == evaluate(folder, "hf", "", **chat)[1]
     assert greedy != evaluate(folder, "hf")[1]  # the template counts
+
+
+def test_the_entry_point_that_newer_harnesses_read_leads_to_the_model():
+    tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+    described = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert described["project"]["entry-points"]["lm_eval.models"] == {"dts": HOME}
+    assert EntryPoint("dts", HOME, "lm_eval.models").load() is SearchLM
 
 
 @pytest.mark.minutes

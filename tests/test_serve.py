@@ -170,7 +170,7 @@ def test_models_are_listed_and_found_by_name(client):
 
 
 def test_the_example_of_the_page_prints_texts_with_their_rewards(address, capsys):
-    code = blocks("docs/doors.md")[0].replace("http://127.0.0.1:8000", address).replace('"short"', '"many_a"')
+    code = blocks("docs/doors.md")[0].replace("http://127.0.0.1:8000", address).replace('"friendly"', '"many_a"')
     run(code.replace("smollm2-135m", "tiny"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and float(lines[0].split()[0]) >= float(lines[1].split()[0]) and "rollouts" in lines[2]

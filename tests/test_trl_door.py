@@ -8,10 +8,9 @@ pytest.importorskip("trl")
 
 import torch
 from datasets import Dataset
+from test_docs import blocks, run
 from training_models import tiny_pair
 from trl import GRPOConfig, GRPOTrainer
-
-from test_docs import blocks, run
 
 import dts
 from dts.doors.trl import draws, search_rollouts
