@@ -17,6 +17,8 @@ COMMANDS = {
     "train": ("dts.training.cli:command_main", "fine-tune: SFT, polychromic, GRPO, and their data"),
     "evaluate": ("dts.evaluation.finetuned.cli:run_script", "compare fine-tuned models on held-out prompts"),
     "report": ("dts.evaluation.report.__main__:main", "one HTML page for a run folder, or several side by side"),
+    "serve": ("dts.doors.serve:main", "an OpenAI-compatible server that searches"),
+    "lm-eval": ("dts.doors.harness_command:main", "lm-evaluation-harness with --model dts"),
 }
 USAGE = "usage: dts COMMAND [options]"
 

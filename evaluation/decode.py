@@ -90,12 +90,13 @@ def _decode(options: argparse.Namespace) -> Result:
     )  # fmt: skip
 
 
-def find_method(name: str) -> Callable[[int, float], Any]:
+def find_method(name: str, option: str = "--method ") -> Callable[[int, float], Any]:
+    """What makes the method with this name. option: what stands before the name in messages."""
     from dts.search import METHODS
 
     plain = name.lower().replace("_", "-")
     if plain not in METHODS:
-        raise UsageError(f"--method {name} is not known: {_nearest(plain, METHODS)}choose from {', '.join(METHODS)}")
+        raise UsageError(f"{option}{name} is not known: {_nearest(plain, METHODS)}choose from {', '.join(METHODS)}")
     return METHODS[plain]
 
 
@@ -111,23 +112,24 @@ def find_constraint(json_schema: str | None, regex: str | None) -> Constraint | 
         raise UsageError(f"--json-schema {json_schema} cannot be read: {error}") from error
 
 
-def find_reward(name: str) -> Reward | Callable[..., Any]:
-    """The reward that a name, `FILE.py:FUNCTION` or `MODULE:FUNCTION` stands for."""
+def find_reward(name: str, option: str = "--reward ") -> Reward | Callable[..., Any]:
+    """The reward that a name, `FILE.py:FUNCTION` or `MODULE:FUNCTION` stands for. option: as of `find_method`."""
     home, colon, attribute = NAMES.get(name, name).rpartition(":")
     if not colon:
         hint = _nearest(name, NAMES)
-        raise UsageError(f"--reward {name} is not known: {hint}give {', '.join(NAMES)} or FILE.py:FUNCTION")
+        raise UsageError(f"{option}{name} is not known: {hint}give {', '.join(NAMES)} or FILE.py:FUNCTION")
     try:
-        module = _from_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
+        module = module_of(Path(home)) if home.endswith(".py") else importlib.import_module(home)
         found = getattr(module, attribute)
     except Exception as error:  # code of the user's: it may do anything
-        raise UsageError(f"--reward {name} cannot be imported ({type(error).__name__}: {error})") from error
+        raise UsageError(f"{option}{name} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found) and not isinstance(found, Reward):
-        raise UsageError(f"--reward {name} is {type(found).__name__}; give a function of the text, or a dts.Reward")
+        raise UsageError(f"{option}{name} is {type(found).__name__}; give a function of the text, or a dts.Reward")
     return found
 
 
-def _from_file(path: Path) -> Any:
+def module_of(path: Path) -> Any:
+    """What a Python file of the user's defines."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -29,7 +29,7 @@ def test_help_lists_every_command_on_one_screen(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
-    assert list(COMMANDS) == ["run", "decode", "fetch", "study", "train", "evaluate", "report"]
+    assert list(COMMANDS) == ["run", "decode", "fetch", "study", "train", "evaluate", "report", "serve", "lm-eval"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

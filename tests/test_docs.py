@@ -31,6 +31,7 @@ MOST_UNRUN = 3
 OWN_TEST = {
     "README.md": ["test_docs.py"],
     "docs/constraints.md": ["test_docs.py"],
+    "docs/doors.md": ["test_serve.py", "test_trl_door.py"],
     "docs/performance.md": ["test_docs.py"],
     "docs/rewards.md": ["test_docs.py"],
     "docs/search.md": ["test_docs.py"],
