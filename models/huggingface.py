@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,6 +16,8 @@ from dts.errors import UsageError
 from dts.lm import Batch
 from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
+from dts.models.engines.loading import is_engine, load_engine
+from dts.models.engines.tails import EngineModel
 from dts.models.forest import Forest, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
 from dts.models.prefixes import Prefix, Segment
@@ -34,9 +36,16 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long prompts
 
 
+@overload
+def load(source: str, /, *, model: str, tokenizer: Any, **engine_options: Any) -> EngineModel: ...
+
+
+@overload
 def load(
-    model: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    source: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    /,
     *,
+    model: Any = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -44,15 +53,48 @@ def load(
     trust_remote_code: bool = False,
     quantization: str | None = None,
     allow_unknown_ids: bool = False,
-) -> HFModel:
+    **engine_options: Any,
+) -> HFModel: ...
+
+
+def load(
+    source: Any = None,
+    /,
+    *,
+    model: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    models_file: str | Path | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+    allow_unknown_ids: bool = False,
+    **engine_options: Any,
+) -> HFModel | EngineModel:
     """A language model to decode with.
 
-    model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or a pair
-    (model, tokenizer) of Hugging Face objects. allow_unknown_ids: keep ids in p that the tokenizer does not know.
+    source, or model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or
+    a pair (model, tokenizer) of Hugging Face objects. allow_unknown_ids: keep ids in p that the tokenizer does not
+    know.
     The other options are those of `dts.models.loading.load_pretrained`.
+
+    Or an engine (docs/large_models.md): "vllm:NAME" with the options of `vllm.LLM`, or a server's address with model=,
+    its name there, tokenizer=, preset= ("vllm", "sglang" or "llama.cpp") and the options of
+    `dts.models.engines.http.Server`; with segment= and top= of `dts.models.engines.tails.EngineModel`.
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
+    if is_engine(source):
+        options = {"model": model, "dtype": dtype, "trust_remote_code": trust_remote_code, "quantization": quantization}
+        given = {option: value for option, value in options.items() if value}
+        if device is not None or device_map is not None or models_file is not None or allow_unknown_ids:
+            raise UsageError(f"load({source!r}) takes no device, device_map, models_file and allow_unknown_ids; an "
+                             "engine places its model itself")  # fmt: skip
+        return load_engine(source, {**given, **engine_options})
+    if engine_options:
+        raise UsageError(f"{next(iter(engine_options))}= is no option of a model; it may be one of an engine, such as "
+                         "vllm:NAME or http://127.0.0.1:8000/v1")  # fmt: skip
+    model = model if source is None else source
     check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):
         return HFModel(*model, allow_unknown_ids=allow_unknown_ids)
