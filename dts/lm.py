@@ -56,6 +56,9 @@ class Stored(Protocol):
     def others(self, slots: Sequence[int]) -> list[int]:
         """For each slot a draw from p among the tokens that its row does not list; the row lists it afterwards."""
 
+    def fork(self) -> Any:
+        """A session that continues from here with what is stored now, and counts in the same `usage`."""
+
 
 class Batch(Protocol):
     """Sessions of many prompts whose paths go through the model together.

@@ -16,13 +16,13 @@ from dts.errors import UsageError
 from dts.lm import Batch
 from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
-from dts.models.engines.loading import is_engine, load_engine
+from dts.models.engines.loading import load_engine
 from dts.models.engines.tails import EngineModel
 from dts.models.forest import Forest, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
 from dts.models.prefixes import Prefix, Segment
 from dts.models.prompts import encode
-from dts.models.registry import ModelSpec, resolve
+from dts.models.registry import ENGINES, ModelSpec, resolve
 from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, state_bytes, tree_way
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
@@ -84,13 +84,16 @@ def load(
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
-    if is_engine(source):
-        options = {"model": model, "dtype": dtype, "trust_remote_code": trust_remote_code, "quantization": quantization}
+    spec = _engine_spec(source if source is not None else model, models_file)
+    if spec is not None:
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantization": quantization}
         given = {option: value for option, value in options.items() if value}
-        if device is not None or device_map is not None or models_file is not None or allow_unknown_ids:
-            raise UsageError(f"load({source!r}) takes no device, device_map, models_file and allow_unknown_ids; an "
+        if source is not None and model is not None:
+            given["model"] = model
+        if device is not None or device_map is not None or allow_unknown_ids:
+            raise UsageError(f"load({source!r}) takes no device, device_map and allow_unknown_ids; an "
                              "engine places its model itself")  # fmt: skip
-        return load_engine(source, {**given, **engine_options})
+        return load_engine(spec, {**given, **engine_options})
     if engine_options:
         raise UsageError(f"{next(iter(engine_options))}= is no option of a model; it may be one of an engine, such as "
                          "vllm:NAME or http://127.0.0.1:8000/v1")  # fmt: skip
@@ -108,6 +111,13 @@ def load(
         quantization=quantization,
     )
     return HFModel(loaded, tokenizer, spec.name, allow_unknown_ids=allow_unknown_ids)
+
+
+def _engine_spec(source: Any, models_file: Any) -> ModelSpec | None:
+    """What the name of an engine stands for; None for a model."""
+    if isinstance(source, str) and (isinstance(models_file, (str, Path)) or source.startswith(ENGINES)):
+        source = resolve(source, models_file)
+    return source if isinstance(source, ModelSpec) and source.kind == "engine" else None
 
 
 class HFModel:

@@ -435,6 +435,8 @@ class Search:
         counted in the same `usage`, without a limit."""
         other = copy.copy(self)
         other.budget, other._scoring = Budget(), Scoring(self.reward, self.usage)
+        if self._stored is not None:
+            other.session = other._stored = self._stored.fork()
         other.tree = self.tree.copy()
         other.rollouts, other._states = list(self.rollouts), list(self._states)
         other._finished_by, other._rows, other._log_kept, other._ahead = dict(self._finished_by), {}, {}, {}

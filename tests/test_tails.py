@@ -125,7 +125,7 @@ def test_a_tail_that_the_search_leaves_is_counted_as_forwarded_only():
 def test_many_prompts_get_what_each_gets_alone():
     lm = TableModel(random_logits(V, 3), V, eos=0)
     prompts = [[1], [2], [3, 1], [4]]
-    options = dict(reward=Paid(2), method=MaxEnt(12, search="best"), max_new_tokens=H)
+    options = {"reward": Paid(2), "method": MaxEnt(12, search="best"), "max_new_tokens": H}
     together = list(dts.decode_many(engine(lm), prompts, width=3, batch_size=6, seed=5, **options))
     for index, (prompt, one) in enumerate(zip(prompts, together, strict=True)):
         alone = dts.decode(engine(lm), prompt, batch_size=3, seed=5 + index, **options)
@@ -154,14 +154,14 @@ def test_draws_from_the_estimate_are_the_same_for_the_same_seed():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (dict(temperature=0.7), "temperature=0.7"),
-        (dict(top_k=2), "top_k=2"),
-        (dict(top_p=0.9), "top_p=0.9"),
-        (dict(min_new_tokens=1), "min_new_tokens=1"),
-        (dict(logits_processor=lambda ids, logits: logits), "logits_processor="),
-        (dict(method=MaxEnt(4, power=2.0)), "p^2"),
-        (dict(method=MaxEnt(4, search="best", order="target")), "order='target'"),
-        (dict(method=Beam(2)), "method=Beam"),
+        ({"temperature": 0.7}, "temperature=0.7"),
+        ({"top_k": 2}, "top_k=2"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"min_new_tokens": 1}, "min_new_tokens=1"),
+        ({"logits_processor": lambda ids, logits: logits}, "logits_processor="),
+        ({"method": MaxEnt(4, power=2.0)}, "p(x)^2"),
+        ({"method": MaxEnt(4, search="best", order="target")}, "order='target'"),
+        ({"method": Beam(2)}, "method=Beam"),
     ],
 )
 def test_what_needs_all_probabilities_is_refused_before_any_request(options, named):

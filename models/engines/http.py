@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from dts.errors import UnavailableError, UsageError
 from dts.lm import Tail, TailRequest
 from dts.models.engines.dialects import Dialect
-from dts.rewards.judge import LOOPBACK, is_plain
+from dts.rewards.judge import LOOPBACK
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a request is sent again; doubled each time
 
@@ -52,11 +52,6 @@ class Server:
         under way together. timeout: seconds without a sign of life. wait: seconds for which a request is sent again
         after 429, 5xx, a timeout or a broken connection. key_env: the environment variable that holds the key; where it
         is not set, none is sent. clock, sleep: for tests."""
-        if not is_plain(url):
-            raise UsageError(
-                "the engine's address is no plain http(s) address; give one like http://host:8000/v1, and the key in "
-                "an environment variable"
-            )
         self._url, self._dialect, self._model, self._top = dialect.url(url), dialect, model, top
         self._wait, self._clock, self._sleep = wait, clock, sleep
         self._key = os.environ.get(key_env, "")

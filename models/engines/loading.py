@@ -19,6 +19,7 @@ from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.rope import context_length
 from dts.rewards import Prompt
+from dts.rewards.judge import is_plain
 from dts.settings import check_number, check_whole
 
 IN_PROCESS = "vllm:"
@@ -26,15 +27,15 @@ LISTED = {"server": 20, "process": 64}  # tokens of a row; 20 is what vLLM's ser
 OF_SERVER = frozenset(inspect.signature(Server).parameters) - {"url", "dialect", "model", "top", "clock", "sleep"}
 
 
-def is_engine(source: Any) -> bool:
-    """Whether this names an engine and not a model."""
-    return isinstance(source, str) and source.startswith((IN_PROCESS, "http://", "https://"))
-
-
-def load_engine(source: str, options: Mapping[str, Any]) -> EngineModel:
+def load_engine(spec: ModelSpec, options: Mapping[str, Any]) -> EngineModel:
     """The language model of an engine. Raises `UsageError` for options that it does not have, `UnavailableError` where
     it does not answer or lacks what searches need."""
-    given = dict(options)
+    source, given = spec.source, {**dict(spec.options), **options}
+    if not source.startswith(IN_PROCESS) and not is_plain(source):
+        raise UsageError(
+            "the engine's address is no plain http(s) address; give one like http://host:8000/v1, and the key in an "
+            "environment variable"
+        )
     segment, tokenizer = given.pop("segment", None), given.pop("tokenizer", None)
     if segment is not None:
         check_whole("segment", segment, 1, allowed="a whole number of tokens >= 1, or None for whole tails")
@@ -48,10 +49,10 @@ def load_engine(source: str, options: Mapping[str, Any]) -> EngineModel:
     else:
         name = given.pop("model", None) or ""
         if not name or tokenizer is None:
-            raise UsageError(f"load({source!r}) needs model=, its name there, and tokenizer=, a folder or a hub id")
+            raise UsageError(f"{spec.name!r} needs model=, its name there, and tokenizer=, a folder or a hub id")
         texts = Tokens(tokenizer if not isinstance(tokenizer, (str, Path)) else _folder(resolve(str(tokenizer))))
         engine = _server(source, name, top, given)
-    model = EngineModel(engine, texts, name, top=top, segment=segment)
+    model = EngineModel(engine, texts, spec.name, top=top, segment=segment)
     _probe(model)
     return model
 
@@ -73,7 +74,7 @@ def _server(url: str, model: str, top: int, given: dict[str, Any]) -> Server:
 
 def _probe(model: EngineModel) -> None:
     """Two short requests: a tail, and a draw with all listed tokens barred. Raises what is wrong with the answers."""
-    prompt = tuple(model.encode("Hello"))
+    prompt = tuple(model.encode("Hello")) or (min({0, 1, 2} - model.eos_ids, default=3),)
     first, *_ = model.complete([TailRequest(prompt, (), 2, 1, model.top)])
     listed = tuple(first.rows[0])
     if len(listed) < model.top:

@@ -12,6 +12,7 @@ a request of one token, in which the listed ones are barred, names the token.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,11 +200,18 @@ class TailSession:
         drawn = []
         for slot, request, tail in zip(slots, requests, self._lm.complete(requests), strict=True):
             self._count(request, tail)
-            token, row = tail.tokens[0], self._prefixes[slot].row
-            if token not in row:  # another draw may have been the same
-                row[token] = _unbarred(tail, request, self._unlisted(request.barred, row))
+            token, prefix = tail.tokens[0], self._prefixes[slot]
+            if token not in prefix.row:  # another draw may have been the same
+                log_p = _unbarred(tail, request, self._unlisted(request.barred, prefix.row))
+                prefix.row = {**prefix.row, token: log_p}
             drawn.append(token)
         return drawn
+
+    def fork(self) -> TailSession:
+        other = copy.copy(self)
+        other._prefixes, other._slots = list(map(copy.copy, self._prefixes)), dict(self._slots)
+        other._seeds = copy.copy(self._seeds)
+        return other
 
     def _unlisted(self, listed: Sequence[int], row: Mapping[int, float]) -> float:
         return math.log(max(1 - math.fsum(math.exp(row[token]) for token in listed), UNLISTED))
