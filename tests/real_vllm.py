@@ -44,7 +44,8 @@ def server() -> Iterator[str]:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(cached(MODEL)), "--host",
         "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
-        "--block-size", str(BLOCK), "--max-logprobs", "64", "--enable-prompt-tokens-details", "--served-model-name", "m",
+        "--block-size", str(BLOCK), "--max-logprobs", "64", "--enable-prompt-tokens-details",
+        "--served-model-name", "m",
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:

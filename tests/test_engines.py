@@ -212,6 +212,48 @@ def test_bad_options_are_named_before_any_request(source, options, said):
     assert "sk-secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_long_timeout_does_not_use_up_the_wait(serve):
+    """The wait begins when a request has failed, not when it was sent."""
+    now = [0.0]
+
+    def slow(number, body):
+        now[0] += 600
+        return 503 if number == 0 else None
+
+    engine = Server(
+        serve(LM, slow).url, DIALECTS["vllm"], "m", top=3, wait=60, clock=lambda: now[0], sleep=lambda s: None
+    )
+    assert len(engine.complete([TailRequest((1,), (), 1, 0, 3)])) == 1
+
+
+def test_an_engine_can_be_an_entry_of_the_models_file(serve, tmp_path):
+    from dts.evaluation.experiment.backend import check_model, load_model
+    from dts.evaluation.experiment.config import ExperimentConfig
+    from dts.models.registry import resolve
+
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    file = tmp_path / "models.yaml"
+    file.write_text(f"mine: {{engine: '{serve(LM).url}', model: m, tokenizer: '{tmp_path}/tokenizer', top: 3}}")
+    spec, config = resolve("mine", str(file)), ExperimentConfig()
+    assert check_model(spec, [], config) is None
+    lm = load_model(spec, config)
+    assert (lm.name, lm.top) == ("mine", 3)
+    assert [r.text for r in searched(lm).rollouts] == [r.text for r in searched(direct()).rollouts]
+    assert dts.load("mine", models_file=file).name == "mine"
+
+
+def test_an_entry_that_names_no_engine_is_refused(tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text("mine: {engine: ftp://host}")
+    with pytest.raises(dts.UsageError, match="engine is 'ftp://host'; give an address that begins with one of vllm:"):
+        dts.load("mine", models_file=file)
+
+
+def test_the_name_of_a_model_may_still_be_given_as_model():
+    with pytest.raises(dts.UsageError, match="no-such-model"):
+        dts.load(model="no-such-model")
+
+
 def test_vllm_in_process_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     TOKENIZER.save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ class Server:
         wait: float = 60.0,
         key_env: str = "OPENAI_API_KEY",
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], Any] | None = None,
     ) -> None:
         """url: such as http://host:8000/v1. model: its name there. top: tokens that a row lists. concurrency: requests
         under way together. timeout: seconds without a sign of life. wait: seconds for which a request is sent again
@@ -64,16 +65,21 @@ class Server:
         return self._top
 
     def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
-        if len(requests) == 1:
-            return [self._one(requests[0])]
-        under_way = [self._pool.submit(self._one, request) for request in requests]
-        problems = [problem for future in under_way if (problem := future.exception()) is not None]
+        given_up = threading.Event()
+        under_way = [self._pool.submit(self._one, request, given_up) for request in requests]
+        try:
+            problems = [problem for future in under_way if (problem := future.exception()) is not None]
+        except BaseException:  # Ctrl-C: what waits for the server does so no longer
+            given_up.set()
+            for future in under_way:
+                future.cancel()
+            raise
         if problems:
             raise problems[0]
         return [future.result() for future in under_way]
 
-    def _one(self, request: TailRequest) -> Tail:
-        answer = self._answer(self._dialect.body(request, self._model))
+    def _one(self, request: TailRequest, given_up: threading.Event) -> Tail:
+        answer = self._answer(self._dialect.body(request, self._model), given_up)
         try:
             return self._dialect.tail(answer, request)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -83,20 +89,22 @@ class Server:
                 f"{self._dialect.start}?"
             ) from error
 
-    def _answer(self, body: dict[str, Any]) -> Any:
+    def _answer(self, body: dict[str, Any], given_up: threading.Event) -> Any:
         """Raises `UnavailableError` where none can be had."""
-        began, wait = self._clock(), FIRST_WAIT
+        failed: float | None = None  # when it did so first
+        wait, sleep = FIRST_WAIT, self._sleep or given_up.wait
         while True:
             try:
                 return self._send(body)
             except _Passing as failure:
+                failed = self._clock() if failed is None else failed
                 pause = max(failure.wait, wait * random.uniform(0.5, 1.0))  # apart, after all of them failed at once
-                if self._clock() - began + pause > self._wait:
+                if given_up.is_set() or self._clock() - failed + pause > self._wait:
                     raise UnavailableError(
                         f"engine at {self._host} {failure}, for {self._wait:g} seconds; start it again, or give a "
                         "longer wait="
                     ) from None
-                self._sleep(pause)
+                sleep(pause)
                 wait = min(2 * wait, LONGEST_WAIT)
 
     def _send(self, body: dict[str, Any]) -> Any:
