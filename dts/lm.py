@@ -3,12 +3,17 @@
 A `LanguageModel` turns prompts into ids and opens a `Session` per prompt. A session is a key/value cache shaped
 like the tree: slot 0 is the prompt, `extend` adds one more token after given slots, `logits` reads the next-token
 logits of any slot that is still held.
+
+A `Completer` is the other capability: whole tails from given prefixes, each drawn by the engine with a seed of its own.
+It is what engines behind a server have. `dts.models.engines` makes sessions of it, whose rows may list only the
+likeliest tokens and whose tails are stored until a search walks on them (`Stored`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +33,31 @@ class Session(Protocol):
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         """Next-token logits after these slots, [len(slots), vocab]. Not to be written to."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """What a session has beside `Session` that got more from its engine than was asked for.
+
+    Its logits are log-probabilities with one more column, [len(slots), vocab + 1]: the mass of all tokens that the row
+    does not list, which are -inf. A search that draws this column asks for one of `others`.
+    """
+
+    def seed(self, seed: int) -> None:
+        """Tails are drawn with this seed from now on."""
+
+    def stored(self, slot: int, token: int) -> int | None:
+        """The slot of a token after a slot, if it is there without another request."""
+
+    def draft(self, slot: int) -> int | None:
+        """A token after this slot that the engine has drawn from p, independently of all that a search knows; None
+        where it has drawn none. A search may take it for its first draw there, and for no other."""
+
+    def others(self, slots: Sequence[int]) -> list[int]:
+        """For each slot a draw from p among the tokens that its row does not list; the row lists it afterwards."""
+
+    def fork(self) -> Any:
+        """A session that continues from here with what is stored now, and counts in the same `usage`."""
 
 
 class Batch(Protocol):
@@ -88,3 +118,39 @@ class LanguageModel(Protocol):
         max_kv_bytes bounds the keys and values held; beyond it idle branches are given up, and recomputed (and
         counted) if a path comes back to them.
         """
+
+
+# -- whole tails -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TailRequest:
+    """A continuation that an engine is to draw from p."""
+
+    prompt: tuple[int, ...]  # ids
+    tokens: tuple[int, ...]  # ids after the prompt
+    limit: int  # new tokens at most; EOS ends it before
+    seed: int
+    top: int  # tokens that each row lists
+    barred: tuple[int, ...] = ()  # ids that must not be drawn; only with a limit of 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What the engine drew, with the row that each token was drawn from."""
+
+    tokens: tuple[int, ...]  # at least one; with the EOS token where one was drawn
+    rows: tuple[Mapping[int, float], ...]  # log p by id, nats: the likeliest tokens and the one that was drawn
+    computed: int  # token positions that entered the model, of the prefix and of the tail
+
+
+class Completer(Protocol):
+    """An engine that completes."""
+
+    @property
+    def max_top(self) -> int:
+        """Tokens that a row can list."""
+
+    def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
+        """One tail for each request, in their order; they are drawn together. Raises `UnavailableError` where the
+        engine does not answer, `ModelError` for an answer that cannot be right."""

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from dts.constraints.constraint import Constraint, check_constraint
-from dts.decoding import as_scorer, check_arguments, check_budget, check_prompt, encoded, target_of, tightest
+from dts.decoding import (
+    as_scorer,
+    check_arguments,
+    check_budget,
+    check_engine,
+    check_prompt,
+    encoded,
+    target_of,
+    tightest,
+)
 from dts.errors import DTSError, UnavailableError, UsageError, shown
 from dts.lm import Batch, LanguageModel, Session
 from dts.memory import REMEDY, first_line, is_out_of_memory
@@ -96,6 +105,7 @@ def decode_many(
         require_eos, constraint, constraint_mode,
     )  # fmt: skip
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
+    check_engine(lm, method, settings)
     _check_choices(prompts, errors, total_budget)
     source = Source(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
@@ -210,6 +220,7 @@ class Source:
         check_constraint(request.constraint, self.lm)
         constraint = self.settings.constraint if request.constraint is None else request.constraint
         settings = dataclasses.replace(self.settings, seed=seed, constraint=constraint)
+        check_engine(self.lm, None, settings)
         tell = None if self.on_rollout is None else _with_index(self.on_rollout, index)
 
         def begin(session: Session) -> Search:

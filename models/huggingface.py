@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,11 +16,13 @@ from dts.errors import UsageError
 from dts.lm import Batch
 from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
+from dts.models.engines.loading import load_engine
+from dts.models.engines.tails import EngineModel
 from dts.models.forest import Forest, lane_length, lone
 from dts.models.loading import check_arguments, load_pretrained
 from dts.models.prefixes import Prefix, Segment
 from dts.models.prompts import encode
-from dts.models.registry import ModelSpec, resolve
+from dts.models.registry import ENGINES, ModelSpec, resolve
 from dts.models.rope import RopeLimit, context_length, rope_limits
 from dts.models.selfcheck import refuse_unless_causal, state_bytes, tree_way
 from dts.models.sessions import RecomputeSession, TreeSession, prefill
@@ -34,9 +36,16 @@ log = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024  # tokens per forward call; bounds the memory of long prompts
 
 
+@overload
+def load(source: str, /, *, model: str, tokenizer: Any, **engine_options: Any) -> EngineModel: ...
+
+
+@overload
 def load(
-    model: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    source: str | Path | ModelSpec | tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    /,
     *,
+    model: Any = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
@@ -44,15 +53,51 @@ def load(
     trust_remote_code: bool = False,
     quantization: str | None = None,
     allow_unknown_ids: bool = False,
-) -> HFModel:
+    **engine_options: Any,
+) -> HFModel: ...
+
+
+def load(
+    source: Any = None,
+    /,
+    *,
+    model: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    models_file: str | Path | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+    allow_unknown_ids: bool = False,
+    **engine_options: Any,
+) -> HFModel | EngineModel:
     """A language model to decode with.
 
-    model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or a pair
-    (model, tokenizer) of Hugging Face objects. allow_unknown_ids: keep ids in p that the tokenizer does not know.
+    source, or model: a registry name, an entry of `models_file`, a hub id, a local folder (also of a LoRA adapter), or
+    a pair (model, tokenizer) of Hugging Face objects. allow_unknown_ids: keep ids in p that the tokenizer does not
+    know.
     The other options are those of `dts.models.loading.load_pretrained`.
+
+    Or an engine (docs/large_models.md): "vllm:NAME" with the options of `vllm.LLM`, or a server's address with model=,
+    its name there, tokenizer=, preset= ("vllm", "sglang" or "llama.cpp") and the options of
+    `dts.models.engines.http.Server`; with segment= and top= of `dts.models.engines.tails.EngineModel`.
 
     Raises `UsageError` for an unknown name, `UnavailableError` where the weights cannot be had.
     """
+    spec = _engine_spec(source if source is not None else model, models_file)
+    if spec is not None:
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "quantization": quantization}
+        given = {option: value for option, value in options.items() if value}
+        if source is not None and model is not None:
+            given["model"] = model
+        if device is not None or device_map is not None or allow_unknown_ids:
+            raise UsageError(f"load({source!r}) takes no device, device_map and allow_unknown_ids; an "
+                             "engine places its model itself")  # fmt: skip
+        return load_engine(spec, {**given, **engine_options})
+    if engine_options:
+        raise UsageError(f"{next(iter(engine_options))}= is no option of a model; it may be one of an engine, such as "
+                         "vllm:NAME or http://127.0.0.1:8000/v1")  # fmt: skip
+    model = model if source is None else source
     check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):
         return HFModel(*model, allow_unknown_ids=allow_unknown_ids)
@@ -66,6 +111,13 @@ def load(
         quantization=quantization,
     )
     return HFModel(loaded, tokenizer, spec.name, allow_unknown_ids=allow_unknown_ids)
+
+
+def _engine_spec(source: Any, models_file: Any) -> ModelSpec | None:
+    """What the name of an engine stands for; None for a model."""
+    if isinstance(source, str) and (isinstance(models_file, (str, Path)) or source.startswith(ENGINES)):
+        source = resolve(source, models_file)
+    return source if isinstance(source, ModelSpec) and source.kind == "engine" else None
 
 
 class HFModel:

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from dts.errors import UsageError
 from dts.yamlfile import read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ENGINES = ("vllm:", "http://", "https://")  # what the address of an engine begins with
 COLOR = re.compile(r"#[0-9A-Fa-f]{6}")
 
 
@@ -22,9 +24,10 @@ class ModelSpec:
     """A named model and where its weights are."""
 
     name: str
-    kind: Literal["package", "hub", "folder"]
-    source: str  # an item of `dts.fetch`, a hub id, or a folder
+    kind: Literal["package", "hub", "folder", "engine"]
+    source: str  # an item of `dts.fetch`, a hub id, a folder, or the address of an engine
     color: str  # "#RRGGBB"
+    options: tuple[tuple[str, Any], ...] = ()  # of an engine (`dts.load`)
 
 
 # name: (source, colour). The first five are the names and colours of earlier systems; hub ids have a slash.
@@ -76,6 +79,8 @@ def resolve(name: str, models_file: str | Path | None = None) -> ModelSpec:
         return known[name]
     if name and os.path.isdir(os.path.expanduser(name)):  # False, where Path raises, for names that are too long
         return ModelSpec(name, "folder", str(Path(name).expanduser()), color_for(name))
+    if name.startswith(ENGINES):
+        return ModelSpec(name, "engine", name, color_for(name))
     if HUB_ID.fullmatch(name) and not name.startswith("."):
         return ModelSpec(name, "hub", name, color_for(name))
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
@@ -84,7 +89,8 @@ def resolve(name: str, models_file: str | Path | None = None) -> ModelSpec:
 
 
 def read_models_file(path: str | Path) -> dict[str, ModelSpec]:
-    """Reads a YAML file of `name: {path: FOLDER or hub: OWNER/NAME, color: "#RRGGBB"}`.
+    """Reads a YAML file of `name: {path: FOLDER or hub: OWNER/NAME, color: "#RRGGBB"}`, or of engines, `name: {engine:
+    ADDRESS, color: ..., OPTION: VALUE}` with the options that `dts.load` has for them.
 
     Folders are relative to the file. Without a colour, a name keeps the registry's.
     """
@@ -101,21 +107,36 @@ def _entry(file: Path, name: str, value: Any) -> ModelSpec:
 
     if not isinstance(value, dict):
         raise wrong(f"{value!r} is not a mapping; write {{path: FOLDER}} or {{hub: OWNER/NAME}}")
+    if "engine" in value:
+        return _engine(name, value, wrong)
     if unknown := [str(key) for key in value if key not in ("path", "hub", "color")]:
         raise wrong(f"unknown key {', '.join(unknown)}; allowed are path, hub and color")
     if ("path" in value) == ("hub" in value):
         raise wrong("give exactly one of path and hub")
     key: Literal["path", "hub"] = "path" if "path" in value else "hub"
-    source, color = value[key], value.get("color", color_for(name))
+    source, color = value[key], _color(name, value, wrong)
     if not isinstance(source, str) or not source:
         raise wrong(f"{key} is {source!r}; give a piece of text")
     if key == "hub" and not HUB_ID.fullmatch(source):
         raise wrong(f"hub is {source!r}; give an id of the form OWNER/NAME")
-    if not isinstance(color, str) or not COLOR.fullmatch(color):
-        raise wrong(f'color is {color!r}; give six hexadecimal digits in quotes, such as "#FF6B6B"')
     if key == "hub":
         return ModelSpec(name, "hub", source, color)
     return ModelSpec(name, "folder", str(file.parent / Path(source).expanduser()), color)
+
+
+def _engine(name: str, value: dict[Any, Any], wrong: Callable[[str], UsageError]) -> ModelSpec:
+    source = value["engine"]
+    if not isinstance(source, str) or not source.startswith(ENGINES):
+        raise wrong(f"engine is {source!r}; give an address that begins with one of {', '.join(ENGINES)}")
+    options = tuple((str(key), held) for key, held in value.items() if key not in ("engine", "color"))
+    return ModelSpec(name, "engine", source, _color(name, value, wrong), options)
+
+
+def _color(name: str, value: dict[Any, Any], wrong: Callable[[str], UsageError]) -> str:
+    color = value.get("color", color_for(name))
+    if not isinstance(color, str) or not COLOR.fullmatch(color):
+        raise wrong(f'color is {color!r}; give six hexadecimal digits in quotes, such as "#FF6B6B"')
+    return color
 
 
 def list_models(models_file: str | Path | None = None) -> str:

@@ -67,6 +67,11 @@ class Beam:
     def name(self) -> str:
         return "beam-guided" if self.reward_weight > 0 else "beam"
 
+    @property
+    def needs_rows(self) -> bool:
+        """Tokens are compared, not drawn."""
+        return self.segment == 1
+
     def batch_size(self) -> int:
         return self.width
 

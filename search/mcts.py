@@ -111,7 +111,7 @@ class _Confidence(Plain):
             if score > best_score:
                 best, best_score = child, score
         if here.next_token is None:
-            mass = self._outside(path.node, here)
+            mass = self._outside(path.node, here)[: self.search.lm.vocab_size]
             token = int(mass.argmax())
             here.next_token = token, float(mass[token])
         token, p = here.next_token

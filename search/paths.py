@@ -195,3 +195,6 @@ def _expand(search: Search, policy: Policy, paths: list[Path]) -> Readings[None]
         if path.left_at is None and child >= known:
             path.left_at = search.tree.depth[path.node]
         path.node = child
+    at_hand = [node for node in range(known, len(search.tree)) if search.evaluated(node)]
+    if at_hand:  # an engine has told more than it was asked for
+        yield from policy.arrived(at_hand)

@@ -18,11 +18,12 @@ from dts.errors import ModelError
 from dts.lm import LanguageModel
 from dts.search.weights import Members, weigh
 from dts.settings import Decoding
-from dts.tree import Tree
+from dts.tree import NONE, Tree
 
 T = TypeVar("T")
 Readings = Generator["Reading", None, T]  # yields what it has to read before it continues
 
+DUST = 1e-12  # of probability: what rounding leaves of q - p where q is p
 AT_ONCE = 2**24  # probabilities that are worked on at a time: 128 MiB for each temporary tensor
 
 
@@ -65,14 +66,19 @@ class Readable(Protocol):
     def no_distribution(self, node: int) -> ModelError:
         """What to raise where p is NaN."""
 
+    def drafts(self, nodes: Sequence[int]) -> Sequence[int]:
+        """What an engine has drawn after these nodes already, see `dts.lm.Stored`; NONE where it has not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """A token that was no child before, from p by inverse transform of `uniforms`, one for each node. `tilts` are logs
-    of factors on p by token. Read: the token, its p, and the p-mass that stays outside the children."""
+    of factors on p by token. `drafts`: draws from p that are there already, one for each node or none at all. Read: the
+    token, its p, and the p-mass that stays outside the children."""
 
     uniforms: Sequence[float]
     tilts: Sequence[Mapping[int, float]] = ()
+    drafts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,7 @@ def draw(
     search: Readable, nodes: Sequence[int], uniforms: Sequence[float], tilts: Sequence[Mapping[int, float]] = ()
 ) -> Readings[list[int]]:
     """A new child for each of these evaluated nodes, as `Search.draw`."""
-    return (yield from _grown(Reading(search, nodes, Draw(uniforms, tilts))))
+    return (yield from _grown(Reading(search, nodes, Draw(uniforms, tilts, search.drafts(nodes)))))
 
 
 def most_likely(search: Readable, nodes: Sequence[int]) -> Readings[list[int]]:
@@ -237,21 +243,26 @@ def _softmax(missing: Sequence[tuple[Readable, Sequence[int]]]) -> None:
 
 def _columns(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
     """What these readings of one kind ask of p [B, V]: float64 [B, columns]."""
-    wanted = readings[0].wanted
+    wanted, vocab = readings[0].wanted, readings[0].search.lm.vocab_size
     if isinstance(wanted, Top):
-        values, tokens = p.topk(wanted.count, dim=-1)
+        values, tokens = p[:, :vocab].topk(wanted.count, dim=-1)
         return torch.cat([values.log(), tokens.double()], dim=-1)
     if isinstance(wanted, Measure):
         kept = torch.cat([reading.search.log_kept(reading.nodes) for reading in readings])
         return torch.stack([p.sum(-1).log(), kept.to(p.device)], dim=-1)
     mass = _outside(readings, p)
     if isinstance(wanted, Likeliest):
-        return _chosen(readings, p, mass, mass.argmax(-1, keepdim=True))
+        return _chosen(readings, p, mass, _listed_first(mass, vocab).argmax(-1, keepdim=True))
     draws = [reading.wanted for reading in readings if isinstance(reading.wanted, Draw)]
     uniforms = [uniform for draw in draws for uniform in draw.uniforms]
     tilts = [tilt for draw, r in zip(draws, readings, strict=True) for tilt in draw.tilts or [{}] * len(r.nodes)]
-    cumulative = (_tilted(mass, tilts) if any(tilts) else mass).cumsum(-1)
-    target = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None] * cumulative[:, -1:]
+    drafts = [draft for draw, r in zip(draws, readings, strict=True) for draft in draw.drafts or [NONE] * len(r.nodes)]
+    weights = _tilted(mass, tilts) if any(tilts) else mass
+    numbers = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None]
+    if any(draft != NONE for draft in drafts):
+        weights, numbers = _after_drafts(p, weights, numbers, torch.tensor(drafts, device=p.device)[:, None])
+    cumulative = weights.cumsum(-1)
+    target = numbers * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
     return _chosen(readings, p, mass, tokens)
 
@@ -265,6 +276,33 @@ def _outside(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
     if not held:
         return p
     return p.index_put(tuple(torch.tensor(held, device=p.device).T), p.new_zeros(()))
+
+
+def _listed_first(mass: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Mass [B, V or V + 1] without that of the column of unlisted tokens, unless nothing else is left in a row."""
+    if mass.shape[-1] == vocab:
+        return mass
+    listed = mass.clone()
+    listed[:, vocab] = torch.where(mass[:, :vocab].sum(-1) > 0, 0.0, mass[:, vocab])
+    return listed
+
+
+def _after_drafts(
+    p: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor, drafts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [B, V] and uniforms [B, 1] for draws that keep drafts [B, 1], draws from p, as often as can be.
+
+    With q the normalised weights, a draft a is kept with probability min(1, q(a) / p(a)); else the draw is from
+    max(q - p, 0). Together that is a draw from q (speculative sampling; Leviathan et al., arXiv 2211.17192).
+    """
+    q = weights / weights.sum(-1, keepdim=True)
+    at = drafts.clamp(min=0)
+    chance = q.gather(-1, at) / p.gather(-1, at)
+    short = (q - p).clamp(min=0)
+    replaced = (drafts != NONE) & (uniforms >= chance) & (short.sum(-1, keepdim=True) > DUST)
+    kept = (drafts != NONE) & ~replaced
+    weights = torch.where(kept, torch.zeros_like(p).scatter(-1, at, 1.0), torch.where(replaced, short, weights))
+    return weights, torch.where(replaced, (uniforms - chance) / (1 - chance), uniforms)
 
 
 def _chosen(readings: Sequence[Reading], p: torch.Tensor, mass: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

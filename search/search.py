@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dts.errors import ModelError, UsageError, shown
-from dts.lm import PROMPT_SLOT, LanguageModel, Session
+from dts.lm import PROMPT_SLOT, LanguageModel, Session, Stored
 from dts.processors import Processors
 from dts.results import Completion, Rollout
 from dts.rewards import Context, Finished, Reward, State
@@ -63,6 +63,9 @@ class Search:
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
         self.tree.slot[ROOT] = PROMPT_SLOT
+        self._stored: Stored | None = session if isinstance(session, Stored) else None
+        if self._stored is not None:
+            self._stored.seed(decoding.seed)
         self._bound([ROOT], self._states)
 
     # -- the model -------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ class Search:
 
     def probabilities(self, nodes: Sequence[int]) -> torch.Tensor:
         """p(. | node) in float64, [len(nodes), V], of evaluated nodes, or the weights of the target. Not to be written
-        to."""
+        to. Rows that list the likeliest tokens only have one more column, the mass of the others (`dts.lm.Stored`)."""
         p = distributions([(self, nodes)])
         wrong = p.isnan().any(-1) if self.weighs else p[:, 0].isnan()  # softmax makes the whole row NaN
         if wrong.any():
@@ -201,6 +204,8 @@ class Search:
     ) -> list[int]:
         """The children of `nodes` with these new tokens; equal ones are one child. log_p: of the tokens. rest: log of
         the mass that stays outside the children."""
+        if max(tokens) >= self.lm.vocab_size:
+            return self.take(nodes, tokens)
         pairs = list(zip(nodes, tokens, strict=True))
         most = math.inf if self.weighs else 0.0
         new = {pair: (log, min(left, most)) for pair, log, left in zip(pairs, log_p, rest, strict=True)}
@@ -209,6 +214,8 @@ class Search:
 
     def take(self, nodes: Sequence[int], tokens: Sequence[int]) -> list[int]:
         """The children of these evaluated nodes that hold the given tokens, of p > 0: old ones where there are some."""
+        if self._stored is not None and max(tokens) >= self.lm.vocab_size:
+            tokens = self._named(self._stored, nodes, tokens)
         pairs = list(zip(nodes, tokens, strict=True))
         child_of = {pair: self.tree.child_with(*pair) for pair in pairs}
         new = [pair for pair, child in child_of.items() if child == NONE]
@@ -228,6 +235,38 @@ class Search:
             child_of.update(zip(new, self._add(entries), strict=True))
         return [child_of[pair] for pair in pairs]
 
+    def _named(self, stored: Stored, nodes: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """These tokens, with draws in the place of the one that stands for all that a row does not list."""
+        unlisted = [place for place, token in enumerate(tokens) if token >= self.lm.vocab_size]
+        drawn = stored.others([self.tree.slot[nodes[place]] for place in unlisted])
+        self._rows.clear()  # they list more now
+        named = dict(zip(unlisted, drawn, strict=True))
+        return [named.get(place, token) for place, token in enumerate(tokens)]
+
+    def drafts(self, nodes: Sequence[int]) -> Sequence[int]:
+        """For each of these nodes the token that the engine has drawn there, if the next draw is the first; else NONE.
+        Empty where there are none at all."""
+        if self._stored is None:
+            return ()
+        found: list[int] = []
+        for place, node in enumerate(nodes):
+            first = not self.tree.n_children[node] and node not in nodes[:place]
+            draft = self._stored.draft(self.tree.slot[node]) if first else None
+            found.append(NONE if draft is None else draft)
+        return found
+
+    def _place_stored(self, stored: Stored, children: Sequence[int]) -> None:
+        """Children that the engine has told about need no request."""
+        tree, placed = self.tree, 0
+        for child in children:
+            slot = stored.stored(tree.slot[tree.parent[child]], tree.token[child])
+            if slot is not None:
+                tree.slot[child] = slot
+                placed += 1
+        self.usage.unique_tokens += placed
+        if placed:
+            self.forget()  # what is kept until the next forward call would be all rows of a tail
+
     def _add(self, new: dict[tuple[int, int], tuple[float, float]]) -> list[int]:
         tree = self.tree
         children = [tree.add(parent, token, log_p, rest) for (parent, token), (log_p, rest) in new.items()]
@@ -241,6 +280,8 @@ class Search:
             if reason:
                 self._end_at(child, reason)
         self.usage.generated_tokens += len(children)
+        if self._stored is not None:
+            self._place_stored(self._stored, children)
         return children
 
     def _end_at(self, node: int, reason: str) -> None:
@@ -394,6 +435,8 @@ class Search:
         counted in the same `usage`, without a limit."""
         other = copy.copy(self)
         other.budget, other._scoring = Budget(), Scoring(self.reward, self.usage)
+        if self._stored is not None:
+            other.session = other._stored = self._stored.fork()
         other.tree = self.tree.copy()
         other.rollouts, other._states = list(self.rollouts), list(self._states)
         other._finished_by, other._rows, other._log_kept, other._ahead = dict(self._finished_by), {}, {}, {}

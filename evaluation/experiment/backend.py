@@ -42,6 +42,8 @@ def check_model(spec: Any, examples: Sequence[Example], config: ExperimentConfig
     """The model can be had, device and dtype exist, and every prompt leaves room for the answer."""
     from dts.models import loading
 
+    if spec.kind == "engine":
+        return None  # it is asked when it is loaded, and prompts are checked when they are decoded
     loading.pick_dtype(config.dtype, loading.pick_device(config.device))
     if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise UnavailableError(
@@ -55,6 +57,8 @@ def load_model(spec: Any, config: ExperimentConfig) -> Any:
     """The model as the settings want it."""
     import dts
 
+    if spec.kind == "engine":
+        return dts.load(spec)
     return dts.load(
         spec,
         device=config.device,

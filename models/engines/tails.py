@@ -1,0 +1,315 @@
+"""A language model whose engine draws whole tails (`dts.lm.Completer`).
+
+One request costs an engine little more for a tail of many tokens than for one token. So a session asks for a tail where
+a search asks for a token, and stores it: the tokens with the rows that they were drawn from. The search walks on what
+is stored without another request. It takes the engine's token as a draft and keeps or replaces it such that its draws
+have exactly the distribution that it wants (`dts.search.readings`); where a draft is replaced, or a tail ends, the next
+request starts.
+
+Rows list the likeliest tokens only, with the mass of all others in one more column. Where a search draws this column,
+a request of one token, in which the listed ones are barred, names the token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dts.errors import ModelError
+from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
+from dts.results import Usage
+from dts.rewards import Prompt
+
+UNLISTED = 1e-6  # mass below which a row is taken to list everything; log-probabilities of float32 are no better
+TOO_MUCH = 1e-2  # above 1, of a row's sum: it is no distribution
+
+
+class Texts(Protocol):
+    """What an engine's tokenizer knows."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a sequence."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model may produce."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens, prompt and completion together; None for no limit."""
+
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Prompt ids."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Completion ids to text."""
+
+
+class EngineModel:
+    """A `dts.lm.LanguageModel` over an engine. Searches that draw from p run on it; `dts.decoding.check_engine` refuses
+    the others."""
+
+    completes_only = True
+
+    def __init__(self, engine: Completer, texts: Texts, name: str, *, top: int, segment: int | None = None) -> None:
+        """top: tokens that a row lists. segment: tokens of a tail at most; None for whole tails."""
+        self.engine, self.texts, self.name = engine, texts, name
+        self.top, self.segment = min(top, engine.max_top, texts.vocab_size), segment
+        self.tokenizer = getattr(texts, "tokenizer", None)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.texts.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self.texts.vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        return self.texts.context_length
+
+    def encode(self, prompt: Prompt, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        return self.texts.encode(prompt, chat_template_kwargs)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.texts.decode(token_ids)
+
+    def batch_limit(self, prompt_tokens: int, max_new_tokens: int, max_kv_bytes: int | None) -> int:
+        """The engine has a queue of its own."""
+        return 2**20
+
+    def open(
+        self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
+    ) -> TailSession:
+        (session,) = self.open_all([prompt_ids], max_new_tokens)
+        return session
+
+    def open_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[TailSession]:
+        """Sessions of several prompts, which go through the model together."""
+        requests = [TailRequest(tuple(ids), (), 1, 0, self.top) for ids in prompts]
+        tails = self.complete(requests)
+        return [TailSession(self, tuple(ids), tail, max_new_tokens) for ids, tail in zip(prompts, tails, strict=True)]
+
+    def batch(self, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None = None) -> TailBatch:
+        """Sessions of up to `prompts` prompts, whose requests the engine gets together."""
+        return TailBatch(self, prompts, max_new_tokens)
+
+    def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
+        """One tail for each request. Raises `ModelError` where one cannot be right."""
+        tails = self.engine.complete(requests) if requests else []
+        for request, tail in zip(requests, tails, strict=True):
+            if problem := self._problem(request, tail):
+                raise ModelError(
+                    f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must "
+                    "give log-probabilities of the distribution that it draws from"
+                )
+        return tails
+
+    def _problem(self, request: TailRequest, tail: Tail) -> str | None:
+        """What shows that an answer cannot be right."""
+        if not 1 <= len(tail.tokens) <= request.limit or len(tail.rows) != len(tail.tokens):
+            return f"an answer has {len(tail.tokens)} tokens and {len(tail.rows)} rows, up to {request.limit} wanted"
+        if len(tail.tokens) < request.limit and tail.tokens[-1] not in self.eos_ids:
+            return f"a tail ended after token {tail.tokens[-1]}, which is no EOS token of the tokenizer"
+        if any(token in self.eos_ids for token in tail.tokens[:-1]):
+            return f"a tail continues after an EOS token, one of {sorted(self.eos_ids)}"
+        if tail.tokens[0] in request.barred:
+            return f"token {tail.tokens[0]} was drawn, which the request had barred"
+        for token, row in zip(tail.tokens, tail.rows, strict=True):
+            if token not in row or not all(0 <= listed < self.vocab_size for listed in row):
+                return f"ids of a row go beyond the {self.vocab_size} of the tokenizer, or lack the drawn id {token}"
+            total = math.fsum(math.exp(log) for log in row.values())
+            if not total <= 1 + TOO_MUCH:  # NaN too
+                return f"the probabilities of a row sum to {total:.3g}"
+        return None
+
+
+@dataclass(slots=True)
+class _Prefix:
+    """What is stored at a slot."""
+
+    parent: int
+    token: int
+    depth: int  # tokens after the prompt
+    row: dict[int, float]  # log p of the next token, by id
+    draft: int | None = None  # the engine's own next token
+
+
+@dataclass(slots=True)
+class _Counted:
+    """Requests, for their seeds."""
+
+    seed: int = 0
+    count: int = 0
+
+    def next(self) -> int:
+        self.count += 1
+        return int(np.random.SeedSequence([self.seed, self.count]).generate_state(1)[0]) >> 1  # 31 bits
+
+
+class TailSession:
+    """One prompt's prefixes that an engine has told about: `dts.lm.Session` and `dts.lm.Stored`."""
+
+    def __init__(self, lm: EngineModel, prompt: tuple[int, ...], opened: Tail, max_new_tokens: int) -> None:
+        """opened: a tail of one token after the prompt."""
+        self._lm, self._prompt, self._longest = lm, prompt, max_new_tokens
+        self._prefixes = [_Prefix(PROMPT_SLOT, -1, 0, dict(opened.rows[0]))]  # by slot
+        self._slots: dict[tuple[int, int], int] = {}  # by parent slot and token
+        self._seeds = _Counted()
+        self.usage = Usage(prompt_tokens=len(prompt), cached_tokens=max(0, len(prompt) - opened.computed))
+        self.usage.forwarded_tokens = self.usage.unique_tokens = opened.computed
+        self.usage.model_calls = 1
+
+    # -- Session ---------------------------------------------------------------------------------------------------
+
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        return extend_all(self._lm, [(self, parents, tokens)])[0]
+
+    def logits(self, slots: Sequence[int]) -> torch.Tensor:
+        rows = torch.full((len(slots), self._lm.vocab_size + 1), -math.inf, dtype=torch.double)
+        for place, slot in enumerate(slots):
+            row = self._prefixes[slot].row
+            log_p = torch.tensor(list(row.values()), dtype=torch.double)
+            rows[place, torch.tensor(list(row))] = log_p
+            unlisted = 1 - float(log_p.exp().sum())
+            if unlisted > UNLISTED and len(row) < self._lm.vocab_size:
+                rows[place, -1] = math.log(unlisted)
+        return rows
+
+    # -- Stored ----------------------------------------------------------------------------------------------------
+
+    def seed(self, seed: int) -> None:
+        self._seeds = _Counted(seed, self._seeds.count)
+
+    def stored(self, slot: int, token: int) -> int | None:
+        return self._slots.get((slot, token))
+
+    def draft(self, slot: int) -> int | None:
+        return self._prefixes[slot].draft
+
+    def others(self, slots: Sequence[int]) -> list[int]:
+        requests = [self._request(slot, 1, barred=tuple(self._prefixes[slot].row)) for slot in slots]
+        drawn = []
+        for slot, request, tail in zip(slots, requests, self._lm.complete(requests), strict=True):
+            self._count(request, tail)
+            token, prefix = tail.tokens[0], self._prefixes[slot]
+            if token not in prefix.row:  # another draw may have been the same
+                log_p = _unbarred(tail, request, self._unlisted(request.barred, prefix.row))
+                prefix.row = {**prefix.row, token: log_p}
+            drawn.append(token)
+        return drawn
+
+    def fork(self) -> TailSession:
+        other = copy.copy(self)
+        other._prefixes, other._slots = list(map(copy.copy, self._prefixes)), dict(self._slots)
+        other._seeds = copy.copy(self._seeds)
+        return other
+
+    def _unlisted(self, listed: Sequence[int], row: Mapping[int, float]) -> float:
+        return math.log(max(1 - math.fsum(math.exp(row[token]) for token in listed), UNLISTED))
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def request(self, parent: int, token: int) -> TailRequest:
+        """For what follows a new token after a slot."""
+        left = self._longest - self._prefixes[parent].depth - 1
+        return self._request(parent, max(1, min(left, self._lm.segment or left)), token)
+
+    def _request(self, slot: int, limit: int, *more: int, barred: tuple[int, ...] = ()) -> TailRequest:
+        tokens = (*self._tokens(slot), *more)
+        return TailRequest(self._prompt, tokens, limit, self._seeds.next(), self._lm.top, barred)
+
+    def _tokens(self, slot: int) -> list[int]:
+        """After the prompt."""
+        tokens = []
+        while slot != PROMPT_SLOT:
+            tokens.append(self._prefixes[slot].token)
+            slot = self._prefixes[slot].parent
+        return tokens[::-1]
+
+    def adopt(self, parent: int, token: int, request: TailRequest, tail: Tail) -> int:
+        """Store a new token after a slot and what the engine drew after it. Returns the token's slot."""
+        self._count(request, tail)
+        first = len(self._prefixes)
+        for after, drawn, row in zip((token, *tail.tokens), tail.tokens, tail.rows, strict=False):
+            slot = len(self._prefixes)
+            self._prefixes.append(_Prefix(parent, after, self._prefixes[parent].depth + 1, dict(row), drawn))
+            self._slots[parent, after] = slot
+            parent = slot
+        return first
+
+    def _count(self, request: TailRequest, tail: Tail) -> None:
+        usage = self.usage
+        usage.model_calls += 1
+        usage.forwarded_tokens += tail.computed
+        new = len(tail.tokens) - 1 + (not request.barred)  # positions that had not been in the model
+        usage.recomputed_tokens += max(0, tail.computed - new)
+
+
+def _unbarred(tail: Tail, request: TailRequest, log_left: float) -> float:
+    """log p of a token that was drawn with others barred. log_left: of their complement's mass.
+
+    Engines report it before the bar or after. What the row lists tells: one from before lists barred tokens, which are
+    the likeliest, with more than next to nothing.
+    """
+    row = tail.rows[0]
+    before = any(row.get(token, -math.inf) > -50.0 for token in request.barred)
+    return min(row[tail.tokens[0]] + (0.0 if before else log_left), log_left)
+
+
+def extend_all(lm: EngineModel, asked: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    """`Session.extend` of several sessions of tails: what is not stored is asked for together."""
+    missing: dict[tuple[TailSession, int, int], TailRequest] = {}
+    sessions = [session for session, _, _ in asked if isinstance(session, TailSession)]
+    for session, (_, parents, tokens) in zip(sessions, asked, strict=True):
+        for parent, token in zip(parents, tokens, strict=True):
+            if session.stored(parent, token) is None:
+                missing[session, parent, token] = session.request(parent, token)
+    tails = lm.complete(list(missing.values()))
+    for ((session, parent, token), request), tail in zip(missing.items(), tails, strict=True):
+        session.adopt(parent, token, request, tail)
+    return [
+        [slot for pair in zip(parents, tokens, strict=True) if (slot := session.stored(*pair)) is not None]
+        for session, (_, parents, tokens) in zip(sessions, asked, strict=True)
+    ]
+
+
+@dataclass(slots=True)
+class TailBatch:
+    """`dts.lm.Batch` over an engine, which decides itself what runs together."""
+
+    lm: EngineModel
+    prompts: int  # open at most
+    max_new_tokens: int
+    _waiting: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    _open: set[int] = field(default_factory=set)
+
+    def admit(self, key: int, prompt_ids: Sequence[int]) -> bool:
+        if len(self._waiting) + len(self._open) >= self.prompts:
+            return False
+        self._waiting[key] = tuple(prompt_ids)
+        return True
+
+    def advance(self, tokens: int) -> list[tuple[int, Session | Exception]]:
+        """All that wait, whatever their tokens."""
+        keys, ids = list(self._waiting), list(self._waiting.values())
+        self._waiting.clear()
+        self._open.update(keys)
+        if not keys:
+            return []
+        return list(zip(keys, self.lm.open_all(ids, self.max_new_tokens), strict=True))
+
+    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+        return extend_all(self.lm, requests)
+
+    def close(self, key: int) -> None:
+        self._waiting.pop(key, None)
+        self._open.discard(key)

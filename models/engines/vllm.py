@@ -1,0 +1,47 @@
+"""vLLM in this process as `dts.lm.Completer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from dts.errors import UnavailableError
+from dts.lm import Tail, TailRequest
+from dts.models.engines.dialects import BAR
+
+
+class InProcess:
+    """Tails from an engine that this process runs. Its continuous batching is the batch."""
+
+    def __init__(self, source: str, **options: Any) -> None:
+        """source: a folder or hub id. options: of `vllm.LLM`."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise UnavailableError(
+                f"vllm:{source} needs vLLM ({error}); run: pip install vllm, in an environment of its own"
+            ) from error
+        given = {"max_logprobs": -1, "enable_prefix_caching": True, "generation_config": "vllm", **options}
+        self.llm, self._params = LLM(model=source, **given), SamplingParams
+
+    @property
+    def max_top(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
+
+    def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
+        prompts = [{"prompt_token_ids": [*request.prompt, *request.tokens]} for request in requests]
+        params = [self._params(
+            max_tokens=request.limit, seed=request.seed, logprobs=request.top, temperature=1.0, detokenize=False,
+            logit_bias=dict.fromkeys(request.barred, BAR) or None,
+        ) for request in requests]  # fmt: skip
+        return [_tail(output) for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
+
+def _tail(output: Any) -> Tail:
+    drawn = output.outputs[0]
+    rows = tuple({int(token): float(one.logprob) for token, one in row.items()} for row in drawn.logprobs)
+    cached = output.num_cached_tokens or 0
+    tokens = tuple(int(token) for token in drawn.token_ids)
+    return Tail(tokens, rows, len(output.prompt_token_ids) - cached + len(tokens) - 1)

@@ -1,0 +1,267 @@
+"""Engines behind HTTP: three dialects, and servers that fail. No fault changes a search, and none is counted twice."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+httpx = pytest.importorskip("httpx")
+
+from engine_server import EngineServer  # noqa: E402
+from toys import Paid, fast_tokenizer  # noqa: E402
+
+import dts  # noqa: E402
+from dts.lm import TailRequest  # noqa: E402
+from dts.models.engines.dialects import DIALECTS  # noqa: E402
+from dts.models.engines.http import Server  # noqa: E402
+from dts.models.engines.loading import Tokens  # noqa: E402
+from dts.models.engines.steps import Stepwise  # noqa: E402
+from dts.models.engines.tails import EngineModel  # noqa: E402
+from dts.models.table import TableModel, random_logits  # noqa: E402
+from dts.search import BestOfN, MaxEnt  # noqa: E402
+
+WORDS = [b"Hello", b" a", b" b", b" c", b" d", b" e", b" f"]
+LM = TableModel(random_logits(8, 1), 8, eos=0)
+TOKENIZER = fast_tokenizer(WORDS)
+KEY = "sk-secret-of-the-tests"
+
+
+@pytest.fixture
+def serve():
+    """Starts servers that are stopped when the test ends."""
+    started = []
+
+    def start(*args, **options):
+        started.append(EngineServer(*args, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def load(server, **options):
+    return dts.load(server.url, **{"model": "m", "tokenizer": TOKENIZER, "top": 3, **options})
+
+
+def direct(top=3, **options):
+    return EngineModel(Stepwise(LM, max_new_tokens=64), Tokens(TOKENIZER), "direct", top=top, **options)
+
+
+def searched(lm, **options):
+    return dts.decode(lm, [1, 2], reward=Paid(2), method=MaxEnt(12, search="best"), max_new_tokens=5, **options)
+
+
+def facts(result):
+    """All that a fault could change."""
+    return [(r.text, r.reward, r.tokens) for r in result.rollouts], result.usage.forwarded_tokens
+
+
+def patient(server, dialect="vllm", **options):
+    """A model of this server that waits without sleeping, and how long it was told to wait."""
+    slept = []
+    made = Server(server.url, DIALECTS[dialect], "m", top=3, sleep=slept.append, **options)
+    return EngineModel(made, Tokens(TOKENIZER), "m", top=3), slept
+
+
+@pytest.mark.parametrize("preset", list(DIALECTS))
+def test_every_dialect_gives_the_search_that_the_same_tails_give_in_process(serve, preset):
+    server = serve(LM, processed=preset == "sglang")
+    result, wanted = searched(load(server, preset=preset), seed=3), searched(direct(), seed=3)
+    assert [(r.text, r.reward) for r in result.rollouts] == [(r.text, r.reward) for r in wanted.rollouts]
+    probabilities = [[c.logprob for c in one.completions] for one in (result, wanted)]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-9)
+    assert any(len(request["body"].get("logit_bias") or ()) for request in server.requests) or preset == "sglang"
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut"])
+def test_a_request_that_failed_is_sent_again_and_counted_once(serve, fault):
+    calm = searched(patient(serve(LM))[0])
+    failing = serve(LM, lambda number, body: fault if number % 3 == 0 else None)
+    lm, slept = patient(failing)
+    result = searched(lm)
+    assert facts(result) == facts(calm) and slept
+    assert len(failing.requests) > result.usage.model_calls  # what failed was sent again
+
+
+def test_a_server_that_hangs_is_asked_again(serve):
+    lm, slept = patient(serve(LM, lambda number, body: "hang" if number == 1 else None), timeout=0.3)
+    assert facts(searched(lm)) == facts(searched(patient(serve(LM))[0])) and len(slept) == 1
+
+
+def test_a_server_that_stays_away_ends_the_run_with_one_line_after_the_wait():
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    engine = Server("http://127.0.0.1:9/v1", DIALECTS["vllm"], "m", top=3, wait=20, clock=lambda: now[0], sleep=sleep)
+    with pytest.raises(dts.UnavailableError) as caught:
+        EngineModel(engine, Tokens(TOKENIZER), "m", top=3).complete([TailRequest((1,), (), 1, 0, 3)])
+    assert "could not be reached (ConnectError), for 20 seconds" in str(caught.value)
+    assert "\n" not in str(caught.value) and 5 < now[0] <= 20
+
+
+def test_retry_after_is_waited_for_and_no_longer_than_the_limit(serve):
+    from dts.models.engines.http import _seconds
+
+    assert [_seconds({"Retry-After": text}) for text in ("7", "1e9", "nan", "soon", "-1")] == [7, 30, 0, 0, 0]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refusal_says_what_the_server_said_without_the_key(serve, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(LM, lambda number, body: status)
+    with pytest.raises(dts.UnavailableError) as caught:
+        load(server)
+    assert f"status {status}" in str(caught.value) and "told to" in str(caught.value)
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(server.requests) == 1 and server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"choices": [{"text": "a"}], "usage": {}}, "without token ids and log-probabilities"),
+        ({"choices": [{"token_ids": [1], "logprobs": None}], "usage": {}}, "without token ids"),
+        ({"error": "no"}, "--max-logprobs"),
+        (
+            {"choices": [{"token_ids": [1, 99], "logprobs": {"token_logprobs": [-1, -1], "top_logprobs": [{}, {}]}}],
+             "usage": {"prompt_tokens": 1}}, "99",
+        ),
+        (
+            {"choices": [{"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1, -1], "top_logprobs": [{}, {}]}}],
+             "usage": {"prompt_tokens": 1}}, "lists 1 log-probabilities",
+        ),
+    ],
+)  # fmt: skip
+def test_the_first_request_finds_out_what_a_server_lacks(serve, answer, said):
+    with pytest.raises((dts.UnavailableError, dts.ModelError), match=said) as caught:
+        load(serve(LM, lambda number, body: answer))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_ignores_the_bar_is_found_out(serve):
+    def ignores(number, body):
+        body.pop("logit_bias", None)
+
+    certain = TableModel(lambda prefix: np.array([-9, 0, 9, 8, 7, 0, 0, 0.0]), 8, eos=0)
+    with pytest.raises(dts.ModelError, match="barred"):
+        load(serve(certain, ignores))
+
+
+def test_many_requests_at_once_are_not_mixed_up(serve):
+    together = threading.Barrier(16)
+    server = serve(LM, lambda number, body: together.wait(60) and None if number < 16 else None)
+    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=16)
+    requests = [TailRequest((1, 1 + i % 7), (), 4, i, 3) for i in range(300)]
+    expected = direct().engine.complete(requests)
+    assert [(t.tokens, t.rows) for t in engine.complete(requests)] == [(t.tokens, t.rows) for t in expected]
+    assert server.most_together == 16
+
+
+def test_all_searches_of_a_run_feed_one_engine(serve):
+    lm, sizes = load(serve(LM)), []
+    complete = lm.engine.complete
+    lm.engine.complete = lambda requests: sizes.append(len(requests)) or complete(requests)
+    prompts = [[1], [1, 2], [3], [1, 4]]
+    options = {"reward": Paid(2), "method": BestOfN(4), "max_new_tokens": 5}
+    together = list(dts.decode_many(lm, prompts, batch_size=16, width=4, seed=1, **options))
+    assert max(sizes) > 4
+    for index, (prompt, one) in enumerate(zip(prompts, together, strict=True)):
+        alone = dts.decode(direct(), prompt, batch_size=4, seed=1 + index, **options)
+        assert [r.text for r in one.rollouts] == [r.text for r in alone.rollouts]
+
+
+def test_a_failure_of_one_request_ends_the_others_first(serve):
+    """Nothing is left under way that would be counted later."""
+    server = serve(LM, lambda number, body: 400 if body["prompt"] == [1, 2] else None)
+    engine = Server(server.url, DIALECTS["vllm"], "m", top=3)
+    with pytest.raises(dts.UnavailableError, match="status 400"):
+        engine.complete([TailRequest((1, 1 + i % 7), (), 2, i, 3) for i in range(20)])
+    assert len(server.requests) == 20
+
+
+# ---- what a user may write ----
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("http://127.0.0.1:9/v1", {}, "needs model="),
+        ("http://127.0.0.1:9/v1", {"model": "m"}, "tokenizer="),
+        ("http://127.0.0.1:9/v1", {"preset": "other"}, "preset='other' is not known; give one of vllm, sglang, llama"),
+        ("http://127.0.0.1:9/v1", {"patience": 3}, "patience= is no option of a server"),
+        ("http://127.0.0.1:9/v1", {"segment": 0}, "segment=0"),
+        ("http://127.0.0.1:9/v1", {"top": 0}, "top=0"),
+        ("http://127.0.0.1:9/v1", {"concurrency": 0}, "concurrency=0"),
+        ("http://127.0.0.1:9/v1", {"wait": -1}, "wait=-1"),
+        ("http://127.0.0.1:9/v1", {"device": "cpu"}, "takes no device"),
+        ("http://me:sk-secret@127.0.0.1:9/v1", {}, "no plain http"),
+        ("smollm2-135m", {"segment": 8}, "segment= is no option of a model"),
+    ],
+)
+def test_bad_options_are_named_before_any_request(source, options, said):
+    full = {"model": "m", "tokenizer": TOKENIZER} if (options and "model" not in options) or "@" in source else {}
+    if not source.startswith("http"):
+        full = {}
+    with pytest.raises(dts.UsageError, match=said) as caught:
+        dts.load(source, **full, **options)
+    assert "sk-secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_long_timeout_does_not_use_up_the_wait(serve):
+    """The wait begins when a request has failed, not when it was sent."""
+    now = [0.0]
+
+    def slow(number, body):
+        now[0] += 600
+        return 503 if number == 0 else None
+
+    engine = Server(
+        serve(LM, slow).url, DIALECTS["vllm"], "m", top=3, wait=60, clock=lambda: now[0], sleep=lambda s: None
+    )
+    assert len(engine.complete([TailRequest((1,), (), 1, 0, 3)])) == 1
+
+
+def test_an_engine_can_be_an_entry_of_the_models_file(serve, tmp_path):
+    from dts.evaluation.experiment.backend import check_model, load_model
+    from dts.evaluation.experiment.config import ExperimentConfig
+    from dts.models.registry import resolve
+
+    TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+    file = tmp_path / "models.yaml"
+    file.write_text(f"mine: {{engine: '{serve(LM).url}', model: m, tokenizer: '{tmp_path}/tokenizer', top: 3}}")
+    spec, config = resolve("mine", str(file)), ExperimentConfig()
+    assert check_model(spec, [], config) is None
+    lm = load_model(spec, config)
+    assert (lm.name, lm.top) == ("mine", 3)
+    assert [r.text for r in searched(lm).rollouts] == [r.text for r in searched(direct()).rollouts]
+    assert dts.load("mine", models_file=file).name == "mine"
+
+
+def test_an_entry_that_names_no_engine_is_refused(tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text("mine: {engine: ftp://host}")
+    with pytest.raises(dts.UsageError, match="engine is 'ftp://host'; give an address that begins with one of vllm:"):
+        dts.load("mine", models_file=file)
+
+
+def test_the_name_of_a_model_may_still_be_given_as_model():
+    with pytest.raises(dts.UsageError, match="no-such-model"):
+        dts.load(model="no-such-model")
+
+
+def test_vllm_in_process_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(dts.UnavailableError, match="pip install vllm"):
+        dts.load(f"vllm:{tmp_path}")
+
+
+def test_a_tokenizer_in_a_folder_brings_the_eos_ids_of_its_generation_config(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    assert Tokens(str(tmp_path)).eos_ids == {0, 5} and Tokens(str(tmp_path)).vocab_size == len(WORDS) + 1
