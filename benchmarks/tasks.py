@@ -84,7 +84,7 @@ def block(lm: Any, task: Any, name: str, places: Sequence[int], options: argpars
 def record(task: Task, name: str, method: str, result: Result, seconds: float, options: argparse.Namespace) -> Record:
     usage = result.usage
     # A search whose tokens ended before its first text gives an empty answer.
-    best = result.best if result.completions else Completion((), "", 0.0, (), 0.0)
+    best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
     head = {"task": task.name, "model": options.model, "samples": options.samples, "budget": options.budget,
             "max_tokens": options.max_tokens or task.max_tokens, "method": method, "id": name}  # fmt: skip
     by_ids = {one.token_ids: one for one in result.completions}
@@ -101,8 +101,7 @@ def record(task: Task, name: str, method: str, result: Result, seconds: float, o
 
 
 def answer(task: Task, name: str, text: str, reward: float, logprob: float, length: int) -> Record:
-    row = task.details({name: text})[name]
-    metrics = {key: float(row[key]) for key in task.metrics}
+    metrics = task.score({name: text})
     vote = getattr(task, "answer", lambda text: None)(text)
     return {"text": text, "reward": reward, "logprob": logprob, "n_tokens": length, "metrics": metrics, "vote": vote}
 
@@ -153,6 +152,7 @@ def run(lm: Any, options: argparse.Namespace, rows: list[Record]) -> None:
                 continue
             samples = [done[SAMPLES, one] for one in ids] if name != SAMPLES else []
             new = block(lm, task, name, places, options, samples)
+            new = [row for row in new if (row["method"], row["id"]) not in done]
             done |= {(r["method"], r["id"]): r for r in new}
             with options.output.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in new)
@@ -161,7 +161,14 @@ def run(lm: Any, options: argparse.Namespace, rows: list[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The records so far. A last line that a kill cut off is dropped, from the file too."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def report(rows: Sequence[Record]) -> str:

@@ -26,6 +26,8 @@ from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 from dts.rewards import Reward, as_reward
 
+SHOTS_FROM = 1_000_000  # between the seeds of questions and those of solved ones
+TRIES = 20  # entries looked at for each question wanted
 Inputs = Mapping[str, Any]  # what the question says, without its solution
 
 
@@ -38,9 +40,9 @@ class Options:
     keys: list[str]  # of an entry's metadata: what the question says
     size: int = 200
     seed: int = 1
-    shots: int = 3  # solved questions, made with the next seed
+    shots: int = 3  # solved questions
     form: str = ".+"  # of an answer
-    show: dict[str, str] = field(default_factory=dict)  # how a solved answer is written: old text -> new text
+    show: dict[str, str] = field(default_factory=dict)  # how lists and answers are written: old text -> new text
 
 
 def _numbers(text: str) -> list[Fraction]:
@@ -163,8 +165,8 @@ class ReasoningTask(Task):
         self.metrics: Mapping[str, str] = dict(file.metrics)
         self._options = options = Options(**file.options)
         self._form = re.compile(options.form)
-        made = _made(options, options.seed, options.size)
-        shots = _made(options, options.seed + 1, options.shots)
+        shots = _made(options, options.seed + SHOTS_FROM, options.shots, set())
+        made = _made(options, options.seed, options.size, {str(entry["question"]) for entry in shots})
         chosen = choose([0] * len(made), num_samples, seed, file.name)
         head = [{"role": "system", "content": file.system}]
         for entry in shots:
@@ -242,14 +244,27 @@ def _package() -> Any:
     return reasoning_gym
 
 
-def _made(options: Options, seed: int, size: int) -> list[dict[str, Any]]:
-    made = _package().create_dataset(options.dataset, seed=seed, size=size, **options.config)
-    return [made[number] for number in range(size)]
+def _made(options: Options, seed: int, size: int, known: set[str]) -> list[dict[str, Any]]:
+    """Entries with different questions, none of them known. The package makes entry i with seed + i."""
+    made = _package().create_dataset(options.dataset, seed=seed, size=TRIES * size, **options.config)
+    entries: dict[str, dict[str, Any]] = {}
+    for number in range(TRIES * size):
+        entry = made[number]
+        if entry["question"] not in known:
+            entries.setdefault(entry["question"], entry)
+        if len(entries) == size:
+            return list(entries.values())
+    raise UsageError(
+        f"options.size={size}: {options.dataset} has only {len(entries)} different questions; ask for less"
+    )
 
 
 def _asked(file: TaskFile, entry: Mapping[str, Any], options: Options) -> str:
     given = {key: entry["metadata"][key] for key in options.keys}
-    words = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
+    words = {
+        key: _shown(", ".join(map(str, value)), options) if isinstance(value, list) else value
+        for key, value in given.items()
+    }
     return file.prompt.format(question=entry["question"], **words)
 
 
