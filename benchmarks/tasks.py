@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import dts
+from dts.evaluation.measures.metrics import pass_at_k
 from dts.evaluation.measures.statistics import holm, mean, paired_difference, percentiles, resamples, sign_flip_test
 from dts.evaluation.tasks import Task, load_task
 from dts.results import Completion, Result
@@ -212,7 +213,19 @@ def table(setting: tuple[Any, ...], methods: dict[str, list[Record]]) -> str:
             *(f"{mean(value):.3f}" for value in values[1:]), *difference, f"{nats:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *samples_say(head, next(iter(methods.values())))])
+
+
+def samples_say(head: str, rows: Sequence[Record]) -> list[str]:
+    """pass@k of the samples, and where answers are lost; for outcomes that are right or wrong."""
+    right = [[one["metrics"][head] for one in row["drawn"]] for row in rows if row.get("drawn")]
+    if not right or any(value not in (0.0, 1.0) for row in right for value in row):
+        return []
+    n, solved = len(right[0]), [sum(map(int, row)) for row in right]
+    shares = [f"pass@{k} {np.mean([pass_at_k(n, count, k) for count in solved]):.3f}"
+              for k in sorted({1, min(8, n), n})]  # fmt: skip
+    some = sum(count > 0 for count in solved)
+    return ["", f"Samples: {', '.join(shares)}. {some} of {len(solved)} problems have a sample that is right."]
 
 
 def with_interval(values: np.ndarray) -> str:

@@ -6,16 +6,18 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dts.constraints import JsonSchema
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 from dts.rewards import Reward, as_reward
 from dts.yamlfile import parse_yaml
+
+if TYPE_CHECKING:
+    from dts.constraints import JsonSchema
 
 PARSES, REQUIRED = 0.3, 0.3  # of the reward; validity gives the rest
 
@@ -62,6 +64,8 @@ class SchemaTask(Task):
 
     def constraint(self, example: Example) -> JsonSchema:
         """What lets through only valid answers, in one line."""
+        from dts.constraints import JsonSchema  # imports torch, which commands must not do before they set its threads
+
         return JsonSchema(example.inputs, whitespace=" ?")
 
     def reward(self, example: Example) -> Reward:
