@@ -3,7 +3,7 @@
     python benchmarks/constraints.py --output constraints.jsonl
     python benchmarks/constraints.py --output constraints.jsonl --report
 
-20 schemas such as programming interfaces have (`benchmarks/schemas.json`), SmolLM2-135M-Instruct, no reward. The prompt
+20 schemas such as programming interfaces have (those of the task `json`), SmolLM2-135M-Instruct, no reward. The prompt
 holds the schema, after two answered questions on others. Rejection draws from p, and keeps what is valid. Mask draws
 from p masked token by token. Condition samples p among the valid texts, by a tree or by a particle filter. Texts are
 checked by the package `jsonschema`. Log p is the model's own in all of them, weighted as the method weights its texts;
@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 import dts
+from dts.evaluation.tasks.registry import read_task_file
 from dts.results import Completion, Result
 from dts.search import MaxEnt, Method, ParticleFilter, Sampling
 
-SCHEMAS = Path(__file__).parent / "schemas.json"
 QUESTION = "{ask} Answer with JSON in one line, and nothing else. The JSON schema: {schema}"
 SHOWN = 2  # answered questions of other schemas before each question
 METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # with whether it has the constraint
@@ -195,7 +195,7 @@ def main() -> None:
         torch.set_num_threads(1)
         lm = dts.load("smollm2-135m")
         done = {tuple(row[name] for name in KEY) for row in rows}
-        entries = json.loads(SCHEMAS.read_text(encoding="utf-8"))
+        entries = read_task_file("json").options["items"]
         for index, entry in enumerate(entries[: options.schemas]):
             for method in options.methods:
                 if (entry["name"], method, options.n, options.tokens) in done:

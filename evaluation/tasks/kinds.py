@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from dts.evaluation.tasks import captions, forecast, har, keyword
+from dts.evaluation.tasks import captions, forecast, har, instructions, keyword, programs, reasoning, schemas
 from dts.evaluation.tasks.base import Task
 
 KINDS: Mapping[str, Callable[..., Task]] = {
@@ -13,4 +13,9 @@ KINDS: Mapping[str, Callable[..., Task]] = {
     "m4-caption": captions.load_m4,
     "weather-caption": captions.load_weather_task,
     "keyword": keyword.load,
+    "instructions": instructions.load,
+    "reasoning": reasoning.load,
+    "humaneval": programs.load_humaneval,
+    "coding": programs.load_own,
+    "json": schemas.load,
 }

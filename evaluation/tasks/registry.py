@@ -23,6 +23,15 @@ TASKS: Mapping[str, str] = {
     "m4-caption": "M4 captions: trend, volatility, season, range and extremes of a series in words",
     "weather-caption": "weather captions: temperature, wind, pressure and humidity in words (needs --data-dir)",
     "keyword": "lexical constraints: sentences that contain given words",
+    "instructions": "texts that follow three verifiable instructions each",
+    "humaneval": "HumanEval: Python functions, judged by the examples in their docstrings, scored by hidden tests",
+    "coding": "smaller Python functions of our own",
+    "json": "answers in JSON that are valid under the schema in the prompt",
+    "reasoning-countdown": "reasoning-gym: a value from given numbers, checked without a reference",
+    "reasoning-primes": "reasoning-gym: prime factors, checked without a reference",
+    "reasoning-sorting": "reasoning-gym: numbers in order, checked without a reference",
+    "reasoning-gcd": "reasoning-gym: greatest common divisors; the reward is the form of an answer",
+    "reasoning-arithmetic": "reasoning-gym: sums and products; the reward is the form of an answer",
 }
 FILES = (".yaml", ".yml")  # how a task file of one's own ends
 ALIASES: Mapping[str, str] = {"m4-forecast": "m4"}

@@ -20,8 +20,8 @@ import sys
 # Imported before the files disappear; nothing else of the standard library can be imported by an answer.
 PRELOADED = (
     "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
-    "heapq", "itertools", "math", "numbers", "operator", "random", "re", "statistics", "string", "textwrap", "typing",
-    "unicodedata", "encodings.idna",
+    "hashlib", "heapq", "itertools", "math", "numbers", "operator", "random", "re", "statistics", "string", "textwrap",
+    "typing", "unicodedata", "encodings.idna",
 )  # fmt: skip
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (

@@ -1,0 +1,258 @@
+"""Methods at equal cost on tasks of other people: what each returns, for the tokens of a few samples.
+
+    python benchmarks/tasks.py --task instructions --samples 64 --budget 8 --problems 24 --output tasks.jsonl
+    python benchmarks/tasks.py --output tasks.jsonl --report
+
+Best-of-N draws N samples. Every other method may forward as many tokens as `--budget` of them cost, or has so many
+paths; greedy decoding has one. Sampling, smaller best-of-N and votes are read off the same N samples. Each method
+returns one answer for each problem, chosen by its reward, which sees no reference; the task then judges it. `--block`
+problems are decoded at once, each 4 paths wide; seconds are CPU seconds of the process for each problem, with the
+reward's own. One JSON line a problem and method; the same command continues after the blocks that it has finished.
+
+The report compares with DTS*: intervals by bootstrap over problems, paired; p by flipping signs, adjusted by Holm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dts
+from dts.evaluation.measures.metrics import pass_at_k
+from dts.evaluation.measures.statistics import holm, mean, paired_difference, percentiles, resamples, sign_flip_test
+from dts.evaluation.tasks import Task, load_task
+from dts.results import Completion, Result
+from dts.search import MCTS, Beam, BestOfN, Greedy, MaxEnt, Method, ParticleFilter
+
+SCALE = 16.0
+WIDTH = 4  # paths of one search
+SEED = 100
+ENDLESS = 10**6  # rollouts of a search that its tokens end
+SAMPLES = "best-of-n"
+OURS = "DTS*"
+METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget in samples; whether tokens end it
+    # "constrained": with the constraint that the task gives, and only where it gives one
+    "greedy": (lambda n: Greedy(), False),
+    "beam": (lambda n: Beam(n), False),
+    "beam, guided": (lambda n: Beam(n, reward_weight=SCALE), False),
+    "beam, steps of 8": (lambda n: Beam(n, reward_weight=SCALE, segment=8), False),
+    "particle filter": (lambda n: ParticleFilter(n, reward_scale=SCALE), False),
+    "MCTS": (lambda n: MCTS(ENDLESS), True),
+    "DTS": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE), True),
+    OURS: (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
+    "best-of-n, constrained": (lambda n: BestOfN(n), False),
+    "DTS*, constrained": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
+}
+CONSTRAINED = ", constrained"
+KEY = ("task", "samples", "budget", "max_tokens", "model")
+Record = dict[str, Any]
+
+
+def block(lm: Any, task: Any, name: str, places: Sequence[int], options: argparse.Namespace,
+          samples: Sequence[Record]) -> list[Record]:  # fmt: skip
+    """One method on some problems. samples: the records of best-of-N on them, which say what the budgets are."""
+    make, ended = METHODS[name] if name != SAMPLES else (BestOfN, False)
+    examples = [task.examples[place] for place in places]
+    budgets = [dts.Budget(tokens=s["prompt_tokens"] + math.ceil(s["tokens"] * options.budget / options.samples))
+               if ended else None for s in samples] or [None] * len(places)  # fmt: skip
+    begun = time.process_time()
+    requests = [
+        dts.Request(
+            example.prompt, task.reward(example), SEED + 1000 * place + (name != SAMPLES), budget, example.id,
+            task.constraint(example) if name.endswith(CONSTRAINED) else None,
+        )
+        for place, example, budget in zip(places, examples, budgets, strict=True)
+    ]  # fmt: skip
+    results = list(dts.decode_many(
+        lm, requests, method=make(options.samples if name == SAMPLES else options.budget), width=WIDTH,
+        batch_size=WIDTH * len(places), max_new_tokens=options.max_tokens or task.max_tokens, stop=task.stop,
+    ))  # fmt: skip
+    seconds = (time.process_time() - begun) / len(places)
+    return [
+        record(task, example.id, name, result, seconds, options)
+        for example, result in zip(examples, results, strict=True)
+    ]
+
+
+def record(task: Task, name: str, method: str, result: Result, seconds: float, options: argparse.Namespace) -> Record:
+    usage = result.usage
+    # A search whose tokens ended before its first text gives an empty answer.
+    best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
+    head = {"task": task.name, "model": options.model, "samples": options.samples, "budget": options.budget,
+            "max_tokens": options.max_tokens or task.max_tokens, "method": method, "id": name}  # fmt: skip
+    by_ids = {one.token_ids: one for one in result.completions}
+    drawn = [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts] if method == SAMPLES else []
+    return {
+        **head,
+        "prompt_tokens": usage.prompt_tokens,
+        "tokens": usage.forwarded_tokens - (usage.prompt_tokens - usage.cached_tokens),
+        "seconds": seconds,
+        "rollouts": len(result.rollouts),
+        **answer(task, name, best.text, best.reward, best.logprob, len(best.token_ids)),
+        "drawn": [answer(task, name, one.text, one.reward, one.logprob, len(one.token_ids)) for one in drawn],
+    }
+
+
+def answer(task: Task, name: str, text: str, reward: float, logprob: float, length: int) -> Record:
+    metrics = task.score({name: text})
+    vote = getattr(task, "answer", lambda text: None)(text)
+    return {"text": text, "reward": reward, "logprob": logprob, "n_tokens": length, "metrics": metrics, "vote": vote}
+
+
+def voted(drawn: Sequence[Record], *, weighted: bool) -> Record:
+    """The answer of most votes, in its best sample."""
+    votes: dict[Any, float] = {}
+    for one in drawn:
+        if one["vote"] is not None:
+            votes[one["vote"]] = votes.get(one["vote"], 0.0) + (one["reward"] if weighted else 1.0)
+    if not votes:
+        return drawn[0]
+    winner = max(votes, key=lambda vote: votes[vote])
+    return max((one for one in drawn if one["vote"] == winner), key=lambda one: (one["reward"], one["logprob"]))
+
+
+def read_off(record: Record) -> Iterator[Record]:
+    """What the N samples give other methods."""
+    n, budget, drawn = record["samples"], record["budget"], record["drawn"]
+
+    def made(name: str, chosen: Record, count: int) -> Record:
+        return {**record, **chosen, "method": name, "tokens": record["tokens"] * count / n,
+                "seconds": record["seconds"] * count / n, "rollouts": count}  # fmt: skip
+
+    average = {key: float(np.mean([one["metrics"][key] for one in drawn])) for key in drawn[0]["metrics"]}
+    means = {key: float(np.mean([one[key] for one in drawn])) for key in ("reward", "logprob", "n_tokens")}
+    yield made("sampling", {**drawn[0], **means, "metrics": average}, 1)
+    for count in sorted({budget, n}):
+        best = max(drawn[:count], key=lambda one: (one["reward"], one["logprob"]))
+        yield made(f"best-of-{count}", best, count)
+    if any(one["vote"] is not None for one in drawn):
+        yield made(f"self-consistency of {budget}", voted(drawn[:budget], weighted=False), budget)
+        yield made(f"weighted best-of-{budget}", voted(drawn[:budget], weighted=True), budget)
+
+
+def run(lm: Any, options: argparse.Namespace, rows: list[Record]) -> None:
+    """Do the blocks that are not in the file yet."""
+    task = load_task(options.task, num_samples=options.problems, data_dir=options.data_dir)
+    tokens = options.max_tokens or task.max_tokens
+    setting = (task.name, options.samples, options.budget, tokens, options.model)
+    done = {(r["method"], r["id"]): r for r in rows if tuple(r[k] for k in KEY) == setting}
+    named = [name for name in options.methods if hasattr(task, "constraint") or not name.endswith(CONSTRAINED)]
+    for first in range(0, len(task.examples), options.block):
+        places = range(first, min(first + options.block, len(task.examples)))
+        ids = [task.examples[place].id for place in places]
+        for name in (SAMPLES, *named):
+            if all((name, one) in done for one in ids):
+                continue
+            samples = [done[SAMPLES, one] for one in ids] if name != SAMPLES else []
+            new = block(lm, task, name, places, options, samples)
+            new = [row for row in new if (row["method"], row["id"]) not in done]
+            done |= {(r["method"], r["id"]): r for r in new}
+            with options.output.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+            print(f"{task.name} {name}: problems {first + 1} to {first + len(ids)}, "
+                  f"{sum(r['seconds'] for r in new):.0f} s", flush=True)  # fmt: skip
+
+
+def read(path: Path) -> list[Record]:
+    """The records so far. A last line that a kill cut off is dropped, from the file too."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    if text and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text, encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def report(rows: Sequence[Record]) -> str:
+    """One table for each task and setting, of the problems that every method has done."""
+    parts = []
+    for setting in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
+        own = [r for r in rows if tuple(r[k] for k in KEY) == setting]
+        methods: dict[str, dict[str, Record]] = {}
+        for one in own:
+            for made in read_off(one) if one["method"] == SAMPLES else [one]:
+                methods.setdefault(made["method"], {})[made["id"]] = made
+        shared = sorted(set.intersection(*map(set, methods.values())))
+        if shared:
+            parts.append(table(setting, {name: [by_id[i] for i in shared] for name, by_id in methods.items()}))
+    return "\n\n".join(parts)
+
+
+def table(setting: tuple[Any, ...], methods: dict[str, list[Record]]) -> str:
+    name, samples, budget, tokens, model = setting
+    keys = list(next(iter(methods.values()))[0]["metrics"])
+    head, count = keys[0], len(next(iter(methods.values())))
+    ours = [r["metrics"][head] for r in methods.get(OURS, [])]
+    others = {m: [r["metrics"][head] for r in rows] for m, rows in methods.items() if m != OURS and ours}
+    p_values = holm({m: sign_flip_test(ours, values) for m, values in others.items()})
+    lines = [
+        f"**{name}**, {model}, {count} problems, up to {tokens} tokens, a budget of {budget} of {samples} samples",
+        "",
+        f"| method | tokens | CPU s | reward | {' | '.join(keys)} | {OURS} minus | p (Holm) | nats a token |",
+        "| --- " * (7 + len(keys)) + "|",
+    ]
+    for method, rows in methods.items():
+        difference = ["", ""]
+        if method in others:
+            gap = paired_difference(ours, others[method])
+            difference = [f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]", f"{p_values[method]:.3f}"]
+        values = [np.array([r["metrics"][key] for r in rows]) for key in keys]
+        nats = np.mean([r["logprob"] / max(r["n_tokens"], 1) for r in rows])
+        cells = [
+            method, f"{np.mean([r['tokens'] for r in rows]):.0f}", f"{np.mean([r['seconds'] for r in rows]):.1f}",
+            f"{np.mean([r['reward'] for r in rows]):.3f}", with_interval(values[0]),
+            *(f"{mean(value):.3f}" for value in values[1:]), *difference, f"{nats:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *samples_say(head, next(iter(methods.values())))])
+
+
+def samples_say(head: str, rows: Sequence[Record]) -> list[str]:
+    """pass@k of the samples, and where answers are lost; for outcomes that are right or wrong."""
+    right = [[one["metrics"][head] for one in row["drawn"]] for row in rows if row.get("drawn")]
+    if not right or any(value not in (0.0, 1.0) for row in right for value in row):
+        return []
+    n, solved = len(right[0]), [sum(map(int, row)) for row in right]
+    shares = [f"pass@{k} {np.mean([pass_at_k(n, count, k) for count in solved]):.3f}"
+              for k in sorted({1, min(8, n), n})]  # fmt: skip
+    some = sum(count > 0 for count in solved)
+    return ["", f"Samples: {', '.join(shares)}. {some} of {len(solved)} problems have a sample that is right."]
+
+
+def with_interval(values: np.ndarray) -> str:
+    low, high = percentiles([float(values[chosen].mean()) for chosen in resamples(len(values))])
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="instructions", help="a listed task, or the path of a task file")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--samples", type=int, default=16, help="N of best-of-N")
+    parser.add_argument("--budget", type=int, default=16, help="of the other methods, in samples")
+    parser.add_argument("--problems", type=int, help="of the task; default: all")
+    parser.add_argument("--max-tokens", type=int, help="of an answer; default: the task's")
+    parser.add_argument("--block", type=int, default=8, help="problems decoded at once")
+    parser.add_argument("--data-dir", help="folder or file with data, instead of the task's own")
+    parser.add_argument("--output", type=Path, default=Path("tasks.jsonl"))
+    parser.add_argument("--report", action="store_true", help="only print the tables of what --output holds")
+    options = parser.parse_args()
+    rows = read(options.output)
+    if not options.report:
+        torch.set_num_threads(1)
+        run(dts.load(options.model), options, rows)
+    print(report(read(options.output)))
+
+
+if __name__ == "__main__":
+    main()

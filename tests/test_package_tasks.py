@@ -1,0 +1,310 @@
+"""Tasks of packages, HumanEval and reasoning-gym; and two that bring their own problems, coding and JSON."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from dts.errors import UnavailableError, UsageError
+from dts.evaluation.data.programs import examples, read_human_eval
+from dts.evaluation.tasks import TASKS, load_task, oracle, reasoning, schemas
+from dts.evaluation.tasks.reasoning import VERIFIERS
+from dts.rewards import Context, Finished
+
+HEAD = "import math\n\ndef helper(x):\n    return x + 1\n\n"
+DOC = '    """Add one.\n    >>> add(1)\n    2\n    >>> add(-1)\n    0\n    """\n'
+PROMPT = f"{HEAD}def add(x):\n{DOC}"
+TEST = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6\n"
+RIGHT = "```python\ndef add(x):\n    return helper(x)\n```"
+
+
+def human_eval(folder, *rows, **changes):
+    """A file in HumanEval's form."""
+    row = {"task_id": "Own/0", "prompt": PROMPT, "entry_point": "add", "test": TEST, "canonical_solution": "    pass\n"}
+    path = folder / "HumanEval.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(one) + "\n" for one in (rows or [row | changes]))
+    return path
+
+
+def rewards(task, *texts):
+    reward, example = task.reward(task.examples[0]), task.examples[0]
+    if hasattr(reward, "score_text"):
+        return [reward.score_text(text) for text in texts]
+    states = [reward.start(Context(example.prompt, (1,), str)) for _ in texts]
+    return reward.finish(states, [Finished((), text) for text in texts])
+
+
+# HumanEval ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("doc", "found"),
+    [
+        (">>> f(1)\n2\n>>> f('a b')  # x\n'c'", {"f(1)": 2, "f('a b')": "c"}),
+        (">>> round(f([1, 2]), 2) # f(x) = 1 + 2x\n-0.5", {"round(f([1, 2]), 2)": -0.5}),
+        (">>> f('x') == 'y'", {"f('x')": "y"}),
+        ("f([1,2]) == [3, 4]\nf([]) => []\nf(3) ➞ 5.5, f( 4 ) -> None",
+         {"f([1, 2])": [3, 4], "f([])": [], "f(3)": 5.5, "f(4)": None}),
+        ("f('(') should return ('a', True).", {"f('(')": ("a", True)}),
+        ("f(1) # => 'Yes'", {"f(1)": "Yes"}),
+        ("f(7) returns true", {"f(7)": True}),
+        ("f([1]) ==> [[1,\n  2],\n  [3]]", {"f([1])": [[1, 2], [3]]}),
+        ("f(1) = 1 + 2 = 3; f(n) = 4; f(g(1)) = 5", {}),  # calculations, and names that the docstring alone knows
+        ("f(1) == \"\"a\"", {}),
+        ("f(1, then nothing; see f(2).", {}),
+    ],
+)  # fmt: skip
+def test_examples_are_read_in_the_forms_that_docstrings_have(doc, found):
+    quoted = '"""' if '""' not in doc else "'''"
+    lines = "\n".join(f"    {line}" for line in doc.split("\n"))
+    assert dict(examples(f"def f(x):\n    {quoted}\n{lines}\n    {quoted}\n", "f")) == found
+
+
+def test_the_reward_has_steps_for_programs_and_for_the_shown_examples(tmp_path):
+    task = load_task("humaneval", data_dir=human_eval(tmp_path))
+    half = "```python\ndef add(x):\n    return 2\n```"
+    fails = "```python\ndef add(x):\n    return x +\n```"
+    stops = "```python\nundefined\ndef add(x):\n    return 2\n```"
+    assert rewards(task, RIGHT, half, stops, fails, "no code") == pytest.approx([1.0, 0.6, 0.1, 0.0, 0.0])
+    assert not oracle.is_oracle(task.reward(task.examples[0]))
+
+
+def test_hidden_tests_score_and_the_reward_does_not_know_them(tmp_path):
+    learnt = "def add(x):\n    return {1: 2, -1: 0}.get(x)"  # the shown examples by heart
+    task = load_task("humaneval", data_dir=human_eval(tmp_path))
+    assert rewards(task, RIGHT, learnt) == [1.0, 1.0]
+    assert [task.score({"Own/0": text})["solved"] for text in (RIGHT, learnt, "")] == [1.0, 0.0, 0.0]
+    other = load_task("humaneval", data_dir=human_eval(tmp_path, test="def check(candidate):\n    assert False\n"))
+    assert rewards(other, RIGHT, learnt) == [1.0, 1.0]
+    assert other.score({"Own/0": RIGHT})["solved"] == 0.0
+    assert other.examples[0].prompt == task.examples[0].prompt
+
+
+def test_a_problem_without_an_example_is_listed_and_scored(tmp_path):
+    task = load_task("humaneval", data_dir=human_eval(tmp_path, prompt=f'{HEAD}def add(x):\n    """Add one."""\n'))
+    assert task.without_examples == ["Own/0"]
+    assert rewards(task, RIGHT, "") == pytest.approx([0.2, 0.0])
+    assert task.score({"Own/0": RIGHT})["solved"] == 1.0
+
+
+def test_floats_and_types_of_values(tmp_path):
+    prompt = 'def add(x):\n    """\n    >>> add(1)\n    0.3\n    >>> add(2)\n    (1, [2])\n    """\n'
+    task = load_task("humaneval", data_dir=human_eval(tmp_path, prompt=prompt))
+    near = "def add(x):\n    return 0.1 + 0.2 if x == 1 else (1, [2])"
+    other = "def add(x):\n    return True if x == 1 else [1, [2]]"
+    assert rewards(task, near, other) == pytest.approx([1.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['"a"'], "line 1: expected the texts task_id, prompt"),
+        (["{"], "line 1: not JSON"),
+        (["", ""], "holds no problem"),
+        ([json.dumps({"task_id": "a", "prompt": "x", "entry_point": "f", "test": ""})], "prompt does not define f"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_is_named_with_its_line(tmp_path, rows, message):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(UsageError, match=message):
+        read_human_eval(path)
+
+
+def test_the_package_has_164_problems_of_which_24_show_no_example_that_we_can_read():
+    try:
+        task = load_task("humaneval")
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    assert len(task.examples) == 164
+    assert len(task.without_examples) == 24
+
+
+# Our own coding problems --------------------------------------------------------------------------------------------
+
+
+def test_the_coding_task_rewards_the_shown_examples_and_scores_hidden_tests():
+    task = load_task("coding", num_samples=3)
+    from dts.training.coding import problems
+
+    problem = next(p for p in problems() if p.name == task.examples[0].id)
+    right, broken = f"```python\n{problem.solution}\n```", f"def {problem.name}(:"
+    scores = rewards(task, right, broken, f"def {problem.name}(*_):\n    1/0")
+    assert scores == pytest.approx([1.0, 0.0, 0.1])
+    assert task.score({problem.name: problem.solution})["solved"] == 1.0
+    assert task.examples[0].prompt == problem.prompt
+
+
+# reasoning-gym ------------------------------------------------------------------------------------------------------
+
+CASES = [
+    ("number_sorting", {"original_numbers": ["9.0", "3.0", "5.0"], "direction": "ascending"}, "3, 5, 9",
+     ["9, 5, 3", "3, 5", "3, 5, 5", "x"]),
+    ("number_sorting", {"original_numbers": ["1", "2"], "direction": "descending"}, "2, 1", ["1, 2"]),
+    ("word_sorting", {"transformed_words": ["b", "A"], "direction": "ascending"}, "A, b", ["b, A", "a, b"]),
+    ("palindrome_generation", {"letters": ["a", "b", "a"]}, "aba", ["aab", "bab", "abba"]),
+    ("prime_factorization", {"number": 12}, "2 × 2 × 3", ["4 × 3", "12", "2 × 3", "2 × 2 × 5", "two", "1 × 2 × 2 × 3"]),
+    ("fraction_simplification", {"numerator": 6, "denominator": 8}, "3/4", ["6/8", "1/2", "3/0", "3"]),
+    ("countdown", {"numbers": [5, 4, 10], "target": 11}, "5 + 10 - 4",
+     ["5 + 10", "11", "10 + 5 - 4 +", "__import__('os')", "5 / 0"]),
+    ("puzzle24", {"numbers": [9, 9, 3, 8]}, "9*3*8/9", ["9*3*8", "24", "(9+9+3+8"]),
+    ("spell_backward", {"word": "hay"}, "yah", ["hay", "ya"]),
+]  # fmt: skip
+
+
+def test_every_verifier_is_tested():
+    assert {name for name, *_ in CASES} == set(VERIFIERS)
+
+
+@pytest.mark.parametrize(("name", "inputs", "right", "wrong"), CASES, ids=lambda case: str(case)[:24])
+def test_verifiers_give_one_to_right_answers_only(name, inputs, right, wrong):
+    assert VERIFIERS[name](inputs, right) == 1.0
+    assert all(0 <= VERIFIERS[name](inputs, answer) < 1 for answer in wrong)
+
+
+class FakeGym:
+    """What the task uses of reasoning-gym: entry i depends on seed + i, and some questions come twice."""
+
+    def __init__(self, answer="{}"):
+        self.answer = answer
+
+    def create_dataset(self, name, seed, size, **config):
+        return [
+            {
+                "question": f"q{(seed + i) // 2}", "answer": self.answer.format(2 + (seed + i) // 2),
+                "metadata": {"number": 2 + (seed + i) // 2, "factors": "secret"},
+            }
+            for i in range(size)
+        ]  # fmt: skip
+
+    def get_score_answer_fn(self, name):
+        return lambda answer, entry: float(answer == entry["answer"])
+
+
+def test_solved_questions_in_the_prompt_are_none_of_the_test_and_inputs_hold_no_solution(monkeypatch):
+    monkeypatch.setattr(reasoning, "_package", FakeGym)
+    task = load_task("reasoning-primes")
+    questions = [example.prompt[-1]["content"] for example in task.examples]
+    assert len(set(questions)) == len(questions) == 80
+    shown = {turn["content"] for turn in task.examples[0].prompt[1:-1] if turn["role"] == "user"}
+    assert len(shown) == 4 and not shown & set(questions)
+    assert set(task.examples[0].inputs) == {"number"}
+
+
+def test_other_references_change_no_prompt_and_no_reward(monkeypatch):
+    seen = []
+    for answer in ("{}", "other"):
+        monkeypatch.setattr(reasoning, "_package", lambda answer=answer: FakeGym(answer))
+        task = load_task("reasoning-primes", num_samples=4)
+        seen.append([(e.prompt[-1], task.reward(e).of_text, rewards(task, "2 × 3", "7", "x")) for e in task.examples])
+    assert seen[0] == seen[1]
+
+
+def test_where_only_the_reference_tells_the_reward_is_the_form_of_an_answer(monkeypatch):
+    monkeypatch.setattr(reasoning, "_package", FakeGym)
+    task = load_task("reasoning-gcd", num_samples=2)
+    example = task.examples[0]
+    reference = task._references[example.id]["answer"]
+    assert rewards(task, "1", reference, "GCD of 4") == [1.0, 1.0, 0.0]
+    assert [task.score({example.id: text})["solved"] for text in (reference, "1")] == [1.0, 0.0]
+    assert task.combine(example, ["5", "5", "4", "x"], [1, 1, 1.5, 9]) == "5"
+
+
+def test_without_the_package_the_task_says_how_to_get_it(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'maxent-decoding\[tasks\]'"):
+        load_task("reasoning-gcd")
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("reasoning")])
+def test_the_package_agrees_that_its_answers_are_right(name):
+    pytest.importorskip("reasoning_gym")
+    task = load_task(name)
+    answers = {key: reasoning._shown(str(entry["answer"]), task._options) for key, entry in task._references.items()}
+    assert task.score(answers) == {"solved": 1.0, "parse_failures": 0.0}
+    for row in task.baselines().values():
+        assert row["solved"] == 1.0
+
+
+# JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def test_json_answers_are_judged_by_their_schema():
+    task = load_task("json")
+    items = {example.id: example for example in task.examples}
+    options = schemas.Options(**schemas_file().options)
+    assert len(items) == 20 == len(options.items)
+    valid = {f"json-{i}": json.dumps(item["valid"]) for i, item in enumerate(options.items)}
+    invalid = {f"json-{i}": json.dumps(item["invalid"]) for i, item in enumerate(options.items)}
+    assert task.score(valid)["valid"] == 1.0 and task.score(invalid)["valid"] == 0.0
+    assert 0.3 <= task.score(invalid)["share"] < 0.7
+    assert task.score(dict.fromkeys(valid, "{")) == {"valid": 0.0, "share": 0.0, "parse_failures": 1.0}
+
+
+def schemas_file():
+    from dts.evaluation.tasks.registry import read_task_file
+
+    return read_task_file("json")
+
+
+def test_schemas_of_ones_own(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"ask": "A number.", "schema": {"type": "integer"}, "valid": 1}]))
+    task = load_task("json", data_dir=path)
+    assert task.score({"json-0": "7"})["valid"] == 1.0
+    path.write_text('[{"ask": "x"}]')
+    with pytest.raises(UsageError, match="list of objects with ask, schema and valid"):
+        load_task("json", data_dir=path)
+
+
+# The comparison -----------------------------------------------------------------------------------------------------
+
+
+def test_votes_and_smaller_samples_are_read_off_the_same_draws(bench):
+    drawn = [
+        {"text": t, "reward": r, "logprob": -1.0, "n_tokens": 3, "metrics": {"solved": s}, "vote": v}
+        for t, r, s, v in [("a", 0.1, 0.0, "a"), ("b", 0.5, 1.0, "b"), ("a", 0.1, 0.0, "a"), ("c", 0.9, 0.0, None)]
+    ]
+    record = {"samples": 4, "budget": 3, "tokens": 40, "seconds": 4.0, "drawn": drawn, "method": "best-of-n"}
+    found = {one["method"]: one for one in bench.read_off(record)}
+    assert {name: one["text"] for name, one in found.items() if name != "sampling"} == {
+        "best-of-3": "b", "best-of-4": "c", "self-consistency of 3": "a", "weighted best-of-3": "b",
+    }  # fmt: skip
+    assert found["sampling"]["metrics"] == {"solved": 0.25} and found["sampling"]["tokens"] == 10
+    assert found["best-of-3"]["tokens"] == 30
+
+
+@pytest.fixture
+def bench():
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("tasks_bench", Path(__file__).parents[1] / "benchmarks" / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, capsys):
+    options = SimpleNamespace(
+        task="keyword", model="tiny", methods=["greedy", "DTS*"], samples=16, budget=8, problems=3, max_tokens=4,
+        block=2, data_dir=None, output=tmp_path / "tasks.jsonl",
+    )  # fmt: skip
+    bench.run(tiny_lm, options, [])
+    whole = options.output.read_text().splitlines()
+    assert len(whole) == 3 * 3
+    options.output.write_text("\n".join(whole[:5]) + "\n" + whole[5][:40])  # killed while it wrote
+    bench.run(tiny_lm, options, bench.read(options.output))
+    again = [json.loads(line) for line in options.output.read_text().splitlines()]
+    cells = [(row["method"], row["id"]) for row in again]
+    assert len(cells) == len(set(cells)) == 9
+    limits = {row["id"]: row["prompt_tokens"] + row["tokens"] / 2 for row in again if row["method"] == "best-of-n"}
+    assert all(row["tokens"] <= limits[row["id"]] + 1 for row in again if row["method"] == "DTS*")
+    table = bench.report(again)
+    assert "3 problems" in table and "| best-of-16 |" in table and "DTS* minus" in table
