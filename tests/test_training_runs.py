@@ -31,6 +31,7 @@ from dts.training.config import GRPOSettings
 from dts.training.data import read_rows
 from dts.training.estimator import grpo_diversity_weight, grpo_gradient_scale
 from dts.training.grpo import build_grpo, derive_accumulation, group_search
+from dts.training.parts import Parts
 from dts.training.polychromic import sequence_log_probs
 from dts.training.run import _arguments, read_history, train
 from dts.training.sampling import Draw, draw_samples, draw_searched, stream
@@ -191,7 +192,9 @@ def test_trl_with_the_diversity_reward_has_the_exact_gradient(config):
         torch.manual_seed(5)
         from dts.training.adapters import _lora
 
-        trainer = build_grpo(run, lora_rows, model, tokenizer, _lora(run.lora), _arguments(run, (), False), quality)
+        trainer = build_grpo(
+            Parts(run, lora_rows, model, tokenizer, _lora(run.lora), _arguments(run, (), False), quality)
+        )
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:

@@ -157,12 +157,15 @@ class DistillSettings:
     reward_scale: float = 8.0  # lambda: 1 / the coefficient of the KL to the start in what is optimised
     max_new_tokens: int = 64
     temperature: float = 1.0  # of the start, of the searches and of the policy that is taught
+    trees: str = "start"  # start: searched with the model that the run starts from; policy: anew for every step
+    kl_coeff: float = 0.0  # coefficient of the KL to the start, beside the 1 / reward_scale of what a tree teaches
 
     def __post_init__(self) -> None:
         owner = "distill."
         _check(owner, "reward", self.reward, bool, "heuristic, a reward model's path, or module:function")
         _at_least_one(self, owner, "rollouts", "max_new_tokens")
-        _finite(self, owner, "reward_scale")
+        _finite(self, owner, "reward_scale", "kl_coeff")
+        _one_of(self, owner, "trees", ("start", "policy"))
         _above_zero(self, owner, "temperature")
 
 

@@ -28,6 +28,7 @@ from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
 from dts.training.extra import require_train_extra
 from dts.training.kept import TREES
+from dts.training.parts import Parts
 from dts.training.rewards import check_prompts, find_reward
 
 log = logging.getLogger(__name__)
@@ -124,25 +125,24 @@ def _build(
         reward = find_reward(config.reward, rows, search=guides, option=f"{config.method}.reward")
     set_seed(config.seed)  # a new adapter is random
     model, tokenizer, lora = load_for_training(config, given)
+    parts = Parts(config, rows, model, tokenizer, lora, arguments, reward)
     if config.method == "grpo":
-        assert reward is not None
         if config.grpo.groups == "tree":
             from dts.training.treegroups import build_tree_grpo
 
-            return build_tree_grpo(config, rows, model, tokenizer, lora, arguments, reward)
-        return build_grpo(config, rows, model, tokenizer, lora, arguments, reward)
+            return build_tree_grpo(parts)
+        return build_grpo(parts)
     if config.method == "distill":
         from dts.training.distill import build_distill
 
-        assert reward is not None
-        return build_distill(config, rows, model, tokenizer, lora, arguments, reward)
+        return build_distill(parts)
     if config.method == "polychromic":
         from dts.training.polychromic import build_polychromic
 
-        return build_polychromic(config, rows, model, tokenizer, lora, arguments)
+        return build_polychromic(parts)
     from dts.training.sft import build_sft
 
-    return build_sft(config, rows, model, tokenizer, lora, arguments)
+    return build_sft(parts)
 
 
 def _arguments(config: TrainConfig, report_to: Sequence[str], progress: bool) -> dict[str, Any]:
