@@ -222,6 +222,26 @@ class TrainConfig:
         return self.distill.reward if self.method == "distill" else self.grpo.reward
 
     @property
+    def memory_advice(self) -> str:
+        """The three settings that help most where memory is short, with their values."""
+        sizes = {
+            "sft": {"max_length": self.max_length},
+            "polychromic": {"polychromic.n_samples": self.polychromic.n_samples, "max_length": self.max_length},
+            "grpo": {
+                "grpo.n_generations": self.grpo.n_generations,
+                "grpo.max_completion_length": self.grpo.max_completion_length,
+            },
+            "distill": {
+                "distill.rollouts": self.distill.rollouts, "distill.max_new_tokens": self.distill.max_new_tokens,
+            },
+        }[self.method]  # fmt: skip
+        named = {"batch_size": self.batch_size, **sizes}
+        if len(named) < 3:
+            named["lora.r"] = self.lora.r
+        first, second, third = (f"{name}={value}" for name, value in named.items())
+        return f"{first} (a higher accumulation makes up for it), {second} or {third}"
+
+    @property
     def warm_start(self) -> str | None:
         """`checkpoint_path` with the seed put in."""
         return None if self.checkpoint_path is None else self.checkpoint_path.replace("{seed}", str(self.seed))

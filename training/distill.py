@@ -24,7 +24,7 @@ from dts.training.grpo import distinct_prompts, fitting
 from dts.training.kept import TREES, kept
 from dts.training.nodetargets import Taught, mean_kl, node_losses, search_trees, taught_from
 from dts.training.parts import Parts
-from dts.training.sampling import decoder_of, in_eval_mode, stream
+from dts.training.sampling import in_eval_mode, stream
 from dts.training.trees import TreeTrainer, step_requests, tree_trainer
 
 log = logging.getLogger(__name__)
@@ -69,10 +69,11 @@ class FreshTargets(NodeTargets):
         self._reward = reward
 
     def prepare(self, trainer: TreeTrainer, examples: Sequence[Prompt]) -> Sequence[Taught]:
-        lm, meter = decoder_of(trainer), trainer.meter
-        with in_eval_mode(lm.model):
+        lm, meter = trainer.lm, trainer.meter
+        with meter.timed("draw"), in_eval_mode(lm.model):
             trees = list(searches(self._settings, lm, step_requests(trainer, examples), self._reward))
         for tree in trees:
+            meter.scored(tree.reward_seconds)
             meter.add("sampled_tokens", tree.forwarded_tokens)
             meter.observe("avg_reward", tree.start_reward)
             meter.observe("target_reward", tree.reward)

@@ -87,7 +87,7 @@ class GroupTrainer(GRPOTrainer):
             for prompt, part in _groups(prompts, self._settings.n_generations)
             for shown, members in draw_plan(prompt, part, self._settings)
         ]
-        with in_eval_mode(self._lm.model):
+        with self._meter.timed("draw"), in_eval_mode(self._lm.model):
             drawn = self._draw(self._lm, [draw for _, draw in planned])
             for (trained, draw), group in zip(planned, drawn, strict=True):
                 prompt_ids += [self._lm.encode(trained)] * draw.n
@@ -95,6 +95,7 @@ class GroupTrainer(GRPOTrainer):
                 self._weights += [math.exp(weight) for weight in group.log_weights]
                 self._meter.add("sampled_tokens", group.forwarded_tokens)
                 self._meter.observe("effective_group", effective_size(group.log_weights))
+                self._meter.scored(group.reward_seconds)
         return prompt_ids, completion_ids
 
     def _draw(self, lm: HFModel, draws: Sequence[Draw]) -> Iterator[Group]:
@@ -111,6 +112,10 @@ class GroupTrainer(GRPOTrainer):
         output["advantages"] = output["advantages"] * torch.tensor(self._weights).to(output["advantages"])
         self._meter.observe("avg_reward", self._metrics["train"]["reward"][-1])
         return output
+
+    def _calculate_rewards(self, *arguments: Any) -> Any:
+        with self._meter.timed("score"):
+            return super()._calculate_rewards(*arguments)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -49,6 +49,7 @@ class Taught:
     reward: float  # mean under the tree's estimate of pi*
     start_reward: float  # mean of the tree's finished sequences
     forwarded_tokens: int
+    reward_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,7 +94,7 @@ def taught_by(result: Result, prompt_ids: Sequence[int]) -> Taught:
     mean = math.fsum(share * tree.reward[leaf] for leaf, share in result.shares.items())
     return Taught(
         packed, ancestors_sum(parents, shares), nats, mean, math.fsum(rewards) / len(rewards),
-        result.usage.forwarded_tokens,
+        result.usage.forwarded_tokens, result.usage.reward_seconds,
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class PolychromicTrainer(SFTTrainer):
         key = (self.args.seed, step, self._pass[1], self.args.process_index)
         settings = self._settings
         self._lm = self._lm or decoder_of(self)
-        with in_eval_mode(self._lm.model):
+        with self._meter.timed("draw"), in_eval_mode(self._lm.model):
             return [
                 draw_samples(
                     self._lm, prompt, settings.n_samples, max_new_tokens=settings.max_new_tokens,

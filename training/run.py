@@ -83,22 +83,22 @@ def train(
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")
-    trainer = _build(config, rows, model, reward, _arguments(config, report_to, progress))
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    _quiet(trainer)
-    hide_base(trainer.model)
-    if checkpoint is not None:
-        _restore_token_count(trainer, checkpoint)
+    trainer = None
     try:
+        trainer = _build(config, rows, model, reward, _arguments(config, report_to, progress))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        _show_progress(trainer, progress)
+        hide_base(trainer.model)
+        if checkpoint is not None:
+            _restore_token_count(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        where = "before the first step" if trainer is None else f"at step {trainer.state.global_step + 1}"
         raise UnavailableError(
-            f"out of memory at step {trainer.state.global_step} of {config.name}: lower batch_size={config.batch_size}"
-            f", max_length={config.max_length} or the samples per prompt, and continue with "
-            "--resume-from-checkpoint auto"
+            f"out of memory {where} of {config.name}: lower {config.memory_advice}, and start again with --overwrite"
         ) from error
     drop_reference(trainer.model)
     trainer.save_model()  # with the tokenizer and training_args.bin
@@ -208,11 +208,16 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _quiet(trainer: Any) -> None:
-    """Without progress bars `transformers` prints every log line; ours goes through `logging`."""
-    from transformers import PrinterCallback
+def _show_progress(trainer: Any, progress: bool) -> None:
+    """A bar of our own, or none: without one `transformers` prints every log line, and ours goes through `logging`."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from dts.training.progress import Bar
 
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(Bar())
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

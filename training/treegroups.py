@@ -19,7 +19,7 @@ from dts.training.health import Meter
 from dts.training.nodetargets import mean_kl
 from dts.training.packed import Packed
 from dts.training.parts import Parts
-from dts.training.sampling import decoder_of, in_eval_mode
+from dts.training.sampling import in_eval_mode
 from dts.training.trees import TreeTrainer, step_requests, tree_trainer
 
 LEAST = 1e-4  # of the deviation that advantages are divided by, as in TRL
@@ -34,8 +34,8 @@ class TreeGroups:
 
     def prepare(self, trainer: TreeTrainer, examples: Sequence[Prompt]) -> list[tuple[Packed, list[int], list[Drawn]]]:
         """A group for each prompt: its beginnings as a tree, the row of each draw, and the draws."""
-        settings, lm = self._settings, decoder_of(trainer)
-        with in_eval_mode(lm.model):
+        settings, lm = self._settings, trainer.lm
+        with trainer.meter.timed("draw"), in_eval_mode(lm.model):
             results = dts.decode_many(
                 lm, step_requests(trainer, examples), reward=self._reward, method=self.method,
                 width=self.method.batch_size(), max_new_tokens=settings.max_completion_length,
@@ -62,6 +62,7 @@ class TreeGroups:
         siblings = self.method.branches(list(zip(ids, rewards, strict=True)))
         deviation = statistics.stdev(rewards)
         meter.add("sampled_tokens", result.usage.forwarded_tokens)
+        meter.scored(result.usage.reward_seconds)
         meter.observe("avg_reward", statistics.fmean(branch.value for branch in siblings))
         meter.observe("frac_reward_zero_std", float(deviation == 0))
         scale = deviation + LEAST if self._settings.scale_rewards == "group" else 1.0

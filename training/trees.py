@@ -10,11 +10,12 @@ from torch.utils.data import Dataset
 
 import dts
 from dts.errors import UnavailableError
+from dts.models.huggingface import HFModel
 from dts.rewards import Prompt
 from dts.training.health import Meter, Watch
 from dts.training.packed import Packed, check_packing, tree_logits
 from dts.training.parts import Parts
-from dts.training.sampling import stream
+from dts.training.sampling import decoder_of, stream
 
 try:
     from peft import get_peft_model
@@ -56,6 +57,7 @@ class TreeTrainer(Trainer):
         super().__init__(train_dataset=Numbers(len(examples)), data_collator=_numbers, **options)
         self.examples, self.objective, self.meter = examples, objective, Meter()
         self._ready: dict[int, Any] = {}  # by number: what the objective prepared for this step
+        self._lm: HFModel | None = None
         self._checked = 0  # positions up to which the model was seen to take trees
         self.model_accepts_loss_kwargs = False  # the loss is divided by the passes of a step
 
@@ -71,6 +73,12 @@ class TreeTrainer(Trainer):
     ) -> torch.Tensor:
         numbers = inputs["numbers"].tolist()
         return torch.stack([self.objective.loss(self, model, self._ready[number]) for number in numbers]).mean()
+
+    @property
+    def lm(self) -> HFModel:
+        """The policy as something to decode with: one for the whole run, as its self-check is of the first weights."""
+        self._lm = self._lm or decoder_of(self)
+        return self._lm
 
     def both(self, model: Any, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the policy, and of the reference without gradients, [rows, V] each."""
