@@ -85,12 +85,15 @@ def over_seeds(
     """The 95 % percentile interval of the difference when prompts (whole clusters) and training seeds are drawn with
     replacement, the prompts the same for both models: [seeds, items] each. Too short for two or three seeds, as any
     bootstrap of two or three units is."""
-    rng, found = np.random.default_rng(0), []
-    for rows in statistics.resamples(own.shape[1], clusters, count=count):
-        drawn = (values[rng.integers(len(values), size=len(values))][:, rows] for values in (own, reference))
-        first, second = (values.mean() for values in drawn)
-        found.append(first - second)
-    return statistics.percentiles(found)
+    rng, items = np.random.default_rng(0), own.shape[1]
+    rows = statistics.resamples(items, clusters, count=count)
+    weights = np.stack([np.bincount(chosen, minlength=items) / len(chosen) for chosen in rows])  # [count, items]
+
+    def means(values: np.ndarray) -> np.ndarray:
+        seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=count) / len(values)
+        return np.einsum("cs,si,ci->c", seeds, values, weights, optimize=True)
+
+    return statistics.percentiles(means(own) - means(reference))
 
 
 def _relative(own: np.ndarray, reference: np.ndarray) -> float:
