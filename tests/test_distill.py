@@ -334,6 +334,7 @@ def test_trees_of_the_policy_are_drawn_anew_for_every_step_in_one_batch(config, 
         assert row["loss"] == pytest.approx(row["target_kl"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_kl_to_the_start_holds_the_policy_back(config):
     free, held = (
         train(

@@ -327,15 +327,6 @@ def test_leaving_prompts_out_of_the_head_changes_no_loss_and_no_weight(config, m
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-def test_running_out_of_memory_is_one_line_with_the_fix(config):
-    class Full(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(dts.UnavailableError, match="out of memory at step 1 of sft: lower batch_size=2"):
-        train(config("sft"), callbacks=[Full()])
-
-
 def test_too_few_prompts_for_a_step_are_named(config):
     with pytest.raises(dts.UsageError, match="8 different prompts are fewer than the 10 of one step"):
         train(config("grpo", batch_size=10, accumulation=4), reward=share_of_a)
@@ -493,12 +484,10 @@ def test_out_of_memory_names_the_three_settings_that_help(config, method, settin
 
 
 def test_out_of_memory_in_a_step_names_the_step(config):
-    from transformers import TrainerCallback
-
     class Full(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                raise MemoryError
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(dts.UnavailableError, match="out of memory at step 2 of sft: lower batch_size=2 "):
         train(config("sft"), callbacks=[Full()])
@@ -525,6 +514,7 @@ def test_a_dry_run_knows_the_sizes_of_the_model(config, base):
     assert "8 rows" in text and "6 steps" in text and re.search(r"time: about \d", text) and "GiB free" in text
 
 
+@pytest.mark.slow
 def test_estimated_tokens_are_bounds_of_those_that_a_run_draws(config):
     from dts.training.estimate import work_of
 
