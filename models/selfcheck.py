@@ -24,7 +24,9 @@ from dts.models.sessions import TreeSession, prefill, whole_logits
 from dts.models.treecache import Place
 from dts.models.view import ModelView, Way
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # absolute, in logits
+# In logits. A SmolLM2 after some training is apart by 5e-3 in float32 and by 2e-4 in float64 (its norms are computed in
+# float32): large activations amplify rounding. A mask that is wrong is apart by 1 and more.
+TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.25
 PROMPT, TAIL, PIECE = 3, 3, 2  # tokens of the check's prompt, of each of its two branches, of a piece of the prompt
 WAYS = [Way(), Way(own_head=True), Way(own_attention=True), Way(own_head=True, own_attention=True)]  # the best first

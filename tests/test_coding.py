@@ -45,8 +45,9 @@ def one(body: str, setup: str = "import os, sys\n"):
 # The problems -----------------------------------------------------------------------------------------------------
 
 
-def test_there_are_a_few_dozen_problems_of_three_levels():
-    assert len(ALL) == len(NAMES) == 44
+def test_there_are_eighty_problems_of_three_levels():
+    assert len(ALL) == len(NAMES) == 80
+    assert [problem.level for problem in ALL] == sorted(problem.level for problem in ALL)
     assert {problem.level for problem in ALL} == {1, 2, 3}
     assert all(len(p.public) == 3 and len(p.hidden) >= 3 for p in ALL)
     assert all(p.signature.startswith(p.name + "(") and p.solution.startswith(f"def {p.signature}:") for p in ALL)
@@ -70,6 +71,8 @@ def test_no_hidden_test_stands_in_the_prompt():
 def test_splits_are_disjoint_and_complete():
     train, test = problems("train"), problems("test")
     assert sorted(p.name for p in train + test) == sorted(NAMES)
+    assert len(train) == len(test) == 40
+    assert not {p.topic for p in train} & {p.topic for p in test}
     assert {p.level for p in train} == {p.level for p in test} == {1, 2, 3}
     with pytest.raises(dts.UsageError, match="split"):
         problems("dev")

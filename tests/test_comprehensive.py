@@ -18,6 +18,7 @@ from dts.evaluation.finetuned.compare import CompareSettings, compare_models, co
 from dts.evaluation.finetuned.judge import INSTRUCTION, Judge, parse
 from dts.evaluation.finetuned.replies import CODING, Item, Reply, Yardstick, failures, read_items, table
 from dts.evaluation.finetuned.report import markdown, section, verdict_table
+from dts.search import Sampling
 from dts.training.coding import problems
 from dts.training.data import Row
 
@@ -451,3 +452,96 @@ def test_bad_requests_are_one_line_errors(monkeypatch, capsys, tmp_path, words, 
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+# Reward hacking ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_reward_hacking_scores_replies_with_the_start_and_shows_texts(models, test_data, tmp_path):
+    settings = CompareSettings(test_data=test_data, **QUICK, dashboard=True)
+    arms = {"baseline": models[:1], "polychromic": models[1:2]}
+    summary = compare_models(arms, settings, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    start = [line for line in lines if line["model"] == "baseline"]
+    plain = [np.mean([lp / len(ids) for lp, ids in zip(line["logprobs"], line["ids"], strict=True)]) for line in start]
+    measures = {name: model["measures"] for name, model in summary["models"].items()}
+    assert measures["baseline"]["kl"]["value"] == pytest.approx(0, abs=1e-4)  # its own replies
+    assert measures["baseline"]["fluency"]["value"] == pytest.approx(np.mean(plain), abs=1e-4)
+    assert measures["polychromic"]["kl"]["value"] > 1
+    assert measures["polychromic"]["fluency"]["value"] < measures["baseline"]["fluency"]["value"]
+    page, tags = (tmp_path / "dashboard.html").read_text(), _Tags()
+    assert "polychromic vs baseline" in page and "largest gain" in page and "train_reward" in page
+    assert "b" not in (tags.feed(page.replace("<meta charset=utf-8>", "")) or tags.seen)  # texts are escaped
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_scored_log_probs_are_those_of_plain_decoding():
+    from dts.evaluation.finetuned.hacking import log_probs
+    from dts.models.table import TableModel, random_logits
+
+    lm = TableModel(random_logits(3, 3), 3)
+
+    result = dts.decode(lm, "0", method=Sampling(12), max_new_tokens=3, temperature=0.7, seed=1)
+    leaves = [rollout.leaf for rollout in result.rollouts]
+    found = log_probs(lm, "0", [result.tree.tokens(leaf) for leaf in leaves], 0.7)
+    assert [tilted for tilted, _ in found] == pytest.approx([result.tree.log_prob(leaf) for leaf in leaves], abs=1e-5)
+
+
+def test_what_is_suspicious_is_named():
+    from dts.evaluation.finetuned.hacking import signals
+
+    def entry(low, high, relative=0.0):
+        return {"value": (low + high) / 2, "low": low, "high": high, "relative": {"value": relative}}
+
+    found = {"train_reward": entry(0.1, 0.2), "fluency": entry(-0.3, -0.1), "words": entry(1, 4, 0.3),
+             "kl": entry(1, 2), "repetition": entry(0.01, 0.2)}  # fmt: skip
+    warnings = {row["name"]: row["warning"] for row in signals(found, "train_reward")}
+    assert warnings == {
+        "train_reward": "",
+        "fluency": "the reward rose and the held-out scorer fell",
+        "words": "length moved by +30%",
+        "kl": "",
+        "repetition": "replies repeat themselves more",
+    }
+    calm = {**found, "train_reward": entry(-0.1, 0.2), "words": entry(-1, 4, 0.3), "repetition": entry(-0.1, 0.1)}
+    assert not any(row["warning"] for row in signals(calm, "train_reward"))
+
+
+def test_examples_are_those_of_the_largest_the_middle_and_the_smallest_gain():
+    from dts.evaluation.finetuned.hacking import examples
+
+    items = [Item([{"role": "user", "content": f"p{i}"}], (), str(i)) for i in range(5)]
+    before, after = ([as_replies(f"{word}{i}") for i in range(5)] for word in ("a", "b"))
+    found = examples(items, before, after, np.array([0.1, 0.5, -0.2, 0.3, 0.2]))
+    assert found == [("largest gain, +0.50", "p1", "a1", "b1"), ("middle gain, +0.20", "p4", "a4", "b4"),
+                     ("smallest gain, -0.20", "p2", "a2", "b2")]  # fmt: skip
+
+
+def test_intervals_over_seeds_are_wider_where_seeds_differ():
+    own, base = values(0.1)["diversity"], values()["diversity"]
+    low, high = comparison.over_seeds(own, base, CLUSTERS)
+    assert low < (own - base).mean() < high
+    apart = own + np.array([-0.2, 0.0, 0.2])[:, None]
+    assert np.diff(comparison.over_seeds(apart, base, CLUSTERS))[0] > 5 * (high - low)
+    one = comparison.over_seeds(own[:1], base[:1], CLUSTERS)
+    from dts.evaluation.measures import statistics
+
+    plain = statistics.paired_difference(own[0], base[0], clusters=CLUSTERS, method="percentile")
+    assert one == pytest.approx((plain.low, plain.high), abs=2e-4)
+
+
+def test_checkpoints_nearest_to_a_number_of_drawn_tokens_are_compared_too(tmp_path):
+    from dts.evaluation.finetuned.compare import checkpoints_at
+
+    for seed, tokens in (("one", 100), ("two", 250)):
+        for step in (1, 2, 3):
+            folder = tmp_path / seed / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            history = [{"loss": 0.0, "sampled_tokens": tokens} for _ in range(step)]
+            (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    sources = {"baseline": ["smollm2-135m"], "grpo": [str(tmp_path / "one"), str(tmp_path / "two")]}
+    found = checkpoints_at(sources, [240, 700])
+    assert found == {
+        "grpo@240": [str(tmp_path / "one" / "checkpoint-2"), str(tmp_path / "two" / "checkpoint-1")],
+        "grpo@700": [str(tmp_path / "one" / "checkpoint-3"), str(tmp_path / "two" / "checkpoint-3")],
+    }

@@ -278,6 +278,20 @@ def test_a_warm_start_is_its_own_reference(config):
     assert not same(adapter(folder), adapter(warm))
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_with_trees_of_the_policy_ends_like_an_uninterrupted_one(config):
+    changes = {"checkpoint_path": str(train(config("sft", "warm", max_steps=2))), "distill": {"trees": "policy"}}
+    whole = train(config("distill", "whole", **changes), reward=share_of_a)
+    with pytest.raises(KeyboardInterrupt):
+        train(config("distill", "cut", **changes), reward=share_of_a, callbacks=[Interrupt(3)])
+    resumed = train(config("distill", "cut", **changes), resume="auto", reward=share_of_a)
+    assert figures(resumed) == figures(whole) and same(adapter(resumed), adapter(whole))
+
+
+def figures(folder: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if "time" not in k} for record in read_history(folder)]
+
+
 @pytest.mark.parametrize("warm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, warm):
     changes = {"checkpoint_path": str(train(config("sft", "warm", max_steps=2)))} if warm else {}
@@ -288,24 +302,55 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, warm):
     asked = []
     resumed = train(cut, resume="auto", reward=lambda text: asked.append(text) or share_of_a(text))
     assert not asked  # the trees were kept
-
-    def figures(folder: Path) -> list[dict]:
-        return [{k: v for k, v in record.items() if "time" not in k} for record in read_history(folder)]
-
     assert figures(resumed) == figures(whole)
     assert same(adapter(resumed), adapter(whole))
 
 
-def test_equal_rewards_move_nothing(config):
+@pytest.mark.parametrize("trees", ["start", "policy"])
+def test_equal_rewards_move_nothing_from_a_warm_start_and_after_a_resume(config, trees):
     warm = train(config("sft", "warm", max_steps=2))
-    folder = train(config("distill", checkpoint_path=str(warm), max_steps=3), reward=lambda text: 0.5)
+    run = config("distill", checkpoint_path=str(warm), max_steps=4, distill={"trees": trees, "kl_coeff": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        train(run, reward=lambda text: 0.5, callbacks=[Interrupt(3)])
+    folder = train(run, resume="auto", reward=lambda text: 0.5)
     assert same(adapter(folder), adapter(warm))
-    assert all(row["loss"] == 0 and row["kl_to_start"] == 0 for row in read_history(folder))
+    history = read_history(folder)
+    assert len(history) == 4 and all(row["loss"] == 0 and row["kl_to_start"] == 0 for row in history)
+
+
+def test_trees_of_the_policy_are_drawn_anew_for_every_step_in_one_batch(config, monkeypatch):
+    asked, plain = [], dts.decode_many
+    monkeypatch.setattr(dts, "decode_many", lambda lm, requests, **options: (
+        asked.append([(request.prompt, request.seed) for request in requests]) or plain(lm, requests, **options)
+    ))  # fmt: skip
+    folder = train(config("distill", max_steps=3, distill={"trees": "policy"}), reward=share_of_a)
+    assert [len(requests) for requests in asked] == [4, 4, 4]  # two passes of two trees each
+    assert len({seed for requests in asked for _, seed in requests}) == 12
+    history = read_history(folder)
+    assert history[0]["kl_to_start"] == 0 and history[-1]["kl_to_start"] > 0
+    assert not (folder / "trees.jsonl").exists()
+    for row in history:
+        assert row["sampled_tokens"] > 0 and row["target_reward"] > row["avg_reward"] > 0
+        assert row["loss"] == pytest.approx(row["target_kl"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_kl_to_the_start_holds_the_policy_back(config):
+    free, held = (
+        train(
+            config("distill", f"kl_{kl}", max_steps=6, distill={"trees": "policy", "kl_coeff": kl}), reward=share_of_a
+        )
+        for kl in (0.0, 20.0)
+    )
+    assert read_history(held)[-1]["kl_to_start"] < 0.5 * read_history(free)[-1]["kl_to_start"]
+    assert read_history(held)[0]["loss"] == read_history(free)[0]["loss"]  # no KL yet
 
 
 def test_bad_settings_are_named(config):
     with pytest.raises(dts.UsageError, match=r"distill\.rollouts=0 is not allowed"):
         config("distill", distill={"rollouts": 0})
+    with pytest.raises(dts.UsageError, match=r"distill\.trees='all' is not allowed; give start, policy"):
+        config("distill", distill={"trees": "all"})
     with pytest.raises(dts.UsageError, match=r"distill\.reward_scale=-1.0 is not allowed"):
         config("distill", distill={"reward_scale": -1})
     with pytest.raises(dts.UsageError, match="every prompt is longer than the 1 tokens"):

@@ -173,3 +173,9 @@ def test_tokens_that_several_rollouts_have_are_reused():
     assert metrics.branch_depth(rollouts) == pytest.approx(0.25)  # of 0, 0.5, 0 and 1
     assert metrics.tokens_reused(tree, rollouts[:1]) == metrics.branch_depth(rollouts[:1]) == 0
     assert metrics.tokens_reused(tree, []) is metrics.branch_depth([]) is None
+
+
+def test_repetition_is_the_share_of_runs_that_stood_before():
+    assert metrics.repetition("a b c d") == 0
+    assert metrics.repetition("a b c A b c a b c") == pytest.approx(4 / 7)
+    assert metrics.repetition("too short") == 0

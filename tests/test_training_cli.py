@@ -191,3 +191,10 @@ def test_meter_sums_shares_and_averages_values():
         meter.observe("reward", value)
     assert meter.take() == {"loss": 3.0, "reward": 1.5}
     assert meter.take() == {}
+
+
+def test_a_dry_run_prints_an_estimate_and_trains_nothing(files, nothing_runs, monkeypatch, capsys):
+    monkeypatch.setattr("dts.training.estimate.estimate", lambda config, rows: f"{config.seed}: {len(rows)} rows")
+    assert cli.command_main(["--config", str(files / "run.yaml"), "--seeds", "1", "2", "--dry_run"]) == 0
+    assert capsys.readouterr().out == "1: 1 rows\n2: 1 rows\n"
+    assert not nothing_runs

@@ -31,6 +31,7 @@ from dts.training.config import GRPOSettings
 from dts.training.data import read_rows
 from dts.training.estimator import grpo_diversity_weight, grpo_gradient_scale
 from dts.training.grpo import build_grpo, derive_accumulation, group_search
+from dts.training.parts import Parts
 from dts.training.polychromic import sequence_log_probs
 from dts.training.run import _arguments, read_history, train
 from dts.training.sampling import Draw, draw_samples, draw_searched, stream
@@ -191,7 +192,9 @@ def test_trl_with_the_diversity_reward_has_the_exact_gradient(config):
         torch.manual_seed(5)
         from dts.training.adapters import _lora
 
-        trainer = build_grpo(run, lora_rows, model, tokenizer, _lora(run.lora), _arguments(run, (), False), quality)
+        trainer = build_grpo(
+            Parts(run, lora_rows, model, tokenizer, _lora(run.lora), _arguments(run, (), False), quality)
+        )
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -324,15 +327,6 @@ def test_leaving_prompts_out_of_the_head_changes_no_loss_and_no_weight(config, m
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-def test_running_out_of_memory_is_one_line_with_the_fix(config):
-    class Full(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(dts.UnavailableError, match="out of memory at step 1 of sft: lower batch_size=2"):
-        train(config("sft"), callbacks=[Full()])
-
-
 def test_too_few_prompts_for_a_step_are_named(config):
     with pytest.raises(dts.UsageError, match="8 different prompts are fewer than the 10 of one step"):
         train(config("grpo", batch_size=10, accumulation=4), reward=share_of_a)
@@ -418,3 +412,118 @@ def test_the_code_of_the_page(config, base, tmp_path, monkeypatch):
     exec(compile(code.replace("smollm2-135m", base), "docs", "exec"), names)  # our own page
     assert names["folder"] == Path("output/experiments/mine/seed_42")
     assert names["lm"].name == str(names["folder"])
+
+
+# A run as it goes -------------------------------------------------------------------------------------------------
+
+
+def test_equal_rewards_move_nothing_from_a_warm_start_and_after_a_resume(config):
+    warm = train(config("sft", "warm", max_steps=2))
+    run = config("grpo", checkpoint_path=str(warm), max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, reward=lambda text: 0.5, callbacks=[Interrupt(3)])
+    folder = train(run, resume="auto", reward=lambda text: 0.5)
+    assert same(adapter(folder), adapter(warm))
+    history = read_history(folder)
+    assert len(history) == 4 and all(row["kl_penalty"] == 0 and row["frac_reward_zero_std"] == 1 for row in history)
+
+
+def test_a_step_says_where_its_time_went(config, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dts"), "level", logging.INFO)
+    caplog.set_level(logging.INFO, "dts")
+    folder = train(config("grpo", max_steps=2), reward=share_of_a)
+    for row in read_history(folder):
+        assert {"time_draw", "time_score", "time_loss", "time_update", "time_tokens_per_second"} <= row.keys()
+        assert min(row["time_draw"], row["time_score"], row["time_loss"], row["time_update"]) > 0
+    shown = [message for message in caplog.messages if message.startswith("step ")]
+    assert len(shown) == 2
+    assert re.search(r"step 2 of 2: .*draw .* s, score .* s, loss .* s, update .* s, .* tokens/s; 0 s left", shown[1])
+
+
+def test_the_parts_of_a_step_add_up(monkeypatch):
+    from dts.training import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    clock = progress.Clock()
+    clock.start()
+    now[0] = 8.0
+    clock.before_update()
+    now[0] = 9.5
+    clock.after_update()
+    now[0] = 10.0
+    found = clock.figures({"time_draw": 3.0, "time_score": 0.5, "sampled_tokens": 80})
+    assert found == {"time_update": 1.5, "time_loss": 5.0, "time_tokens_per_second": 8.0}
+    now[0] = 100.0  # a checkpoint is no part of the next step
+    clock.start()
+    now[0] = 110.0
+    assert clock.figures({"num_tokens": 50})["time_tokens_per_second"] == 5.0
+    assert clock.left(3) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("sft", ["batch_size=2", "max_length=512", "lora.r=2"]),
+        ("polychromic", ["batch_size=2", "polychromic.n_samples=3", "max_length=512"]),
+        ("grpo", ["batch_size=2", "grpo.n_generations=4", "grpo.max_completion_length=5"]),
+        ("distill", ["batch_size=2", "distill.rollouts=6", "distill.max_new_tokens=5"]),
+    ],
+)
+def test_out_of_memory_names_the_three_settings_that_help(config, method, settings, monkeypatch):
+    from dts.training import run
+
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(run, "_build", fail)
+    with pytest.raises(dts.UnavailableError, match="out of memory before the first step") as caught:
+        train(config(method), reward=share_of_a)
+    assert all(setting in str(caught.value) for setting in settings)
+    assert "--overwrite" in str(caught.value)  # other settings are refused where a run is continued
+
+
+def test_out_of_memory_in_a_step_names_the_step(config):
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(dts.UnavailableError, match="out of memory at step 2 of sft: lower batch_size=2 "):
+        train(config("sft"), callbacks=[Full()])
+
+
+# Estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_knows_the_sizes_of_the_model(config, base):
+    from transformers import AutoModelForCausalLM
+
+    from dts.training import estimate
+    from dts.training.adapters import load_for_training
+    from dts.training.trees import adapted
+
+    run = config("sft")
+    shape, _ = estimate._inspect(run)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    plain, _, lora = load_for_training(run, None)
+    trained = adapted(plain, lora, {"gradient_checkpointing": False})
+    assert shape.adapter == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    text = estimate.estimate(run, read_rows(run.data, need=["prompt"]))
+    assert "8 rows" in text and "6 steps" in text and re.search(r"time: about \d", text) and "GiB free" in text
+
+
+@pytest.mark.slow
+def test_estimated_tokens_are_bounds_of_those_that_a_run_draws(config):
+    from dts.training.estimate import work_of
+
+    for method, changes in (
+        ("grpo", {}), ("grpo", {"grpo": {"groups": "tree", "tree_roots": 2, "tree_segment": 2}}),
+        ("distill", {"distill": {"trees": "policy"}}),
+    ):  # fmt: skip
+        run = config(method, f"{method}_{len(str(changes))}", max_steps=2, **changes)
+        drawn = sum(row["sampled_tokens"] for row in read_history(train(run, reward=share_of_a)))
+        work = work_of(run, 8, prompt=14.0, response=0.0)  # "user: say ab\n" and what follows it
+        assert work.steps == 2
+        assert 0.5 * work.drawn < drawn <= 1.3 * work.drawn

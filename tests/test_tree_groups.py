@@ -210,11 +210,15 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, warm):
         assert record["sampled_tokens"] > 0 and record["avg_reward"] >= 0
 
 
-def test_equal_rewards_move_nothing(config):
+def test_equal_rewards_move_nothing_from_a_warm_start_and_after_a_resume(config):
     warm = train(config("sft", "warm", max_steps=2))
-    folder = train(config("grpo", checkpoint_path=str(warm), max_steps=3, **TREE), reward=lambda text: 0.5)
+    run = config("grpo", checkpoint_path=str(warm), max_steps=4, **TREE)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, reward=lambda text: 0.5, callbacks=[Interrupt(3)])
+    folder = train(run, resume="auto", reward=lambda text: 0.5)
     assert same(adapter(folder), adapter(warm))
-    assert all(row["frac_reward_zero_std"] == 1 for row in read_history(folder))
+    history = read_history(folder)
+    assert len(history) == 4 and all(row["frac_reward_zero_std"] == 1 and row["kl_penalty"] == 0 for row in history)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--config", required=True, metavar="FILE", help="a file of configs/experiments")
     _run_options(one)
     _resume_option(one)
+    one.add_argument(
+        "--dry-run", action="store_true", help="check all input and estimate time and memory; nothing is trained"
+    )
     variants = commands.add_parser("train-variants", help=f"run {' and '.join(VARIANTS)} in turn", allow_abbrev=False)
     variants.add_argument("--configs", metavar="DIR", type=Path, default=CONFIGS, help=f"folder (default: {CONFIGS})")
     _run_options(variants)
@@ -166,12 +169,15 @@ def _run(arguments: argparse.Namespace) -> int:
     files = [arguments.configs / f"{name}.yaml" for name in VARIANTS] if variants else [Path(arguments.config)]
     runs = [config for file in files for config in configs(arguments, file)]
 
+    from dts.training.estimate import estimate
     from dts.training.run import prepare, train
 
     options: dict[str, Any] = {"resume": arguments.resume_from_checkpoint, "overwrite": arguments.overwrite}
     for config in runs:
-        prepare(config, **options)  # every run's input is looked at before the first one starts
-    for config in runs:
+        rows = prepare(config, **options)  # every run's input is looked at before the first one starts
+        if getattr(arguments, "dry_run", False):
+            print(estimate(config, rows))
+    for config in [] if getattr(arguments, "dry_run", False) else runs:
         progress = not arguments.quiet and sys.stderr.isatty()
         _show(train(config, **options, report_to=arguments.report_to, progress=progress))
     return OK

@@ -157,12 +157,15 @@ class DistillSettings:
     reward_scale: float = 8.0  # lambda: 1 / the coefficient of the KL to the start in what is optimised
     max_new_tokens: int = 64
     temperature: float = 1.0  # of the start, of the searches and of the policy that is taught
+    trees: str = "start"  # start: searched with the model that the run starts from; policy: anew for every step
+    kl_coeff: float = 0.0  # coefficient of the KL to the start, beside the 1 / reward_scale of what a tree teaches
 
     def __post_init__(self) -> None:
         owner = "distill."
         _check(owner, "reward", self.reward, bool, "heuristic, a reward model's path, or module:function")
         _at_least_one(self, owner, "rollouts", "max_new_tokens")
-        _finite(self, owner, "reward_scale")
+        _finite(self, owner, "reward_scale", "kl_coeff")
+        _one_of(self, owner, "trees", ("start", "policy"))
         _above_zero(self, owner, "temperature")
 
 
@@ -217,6 +220,26 @@ class TrainConfig:
     def reward(self) -> str:
         """The reward that such a method names."""
         return self.distill.reward if self.method == "distill" else self.grpo.reward
+
+    @property
+    def memory_advice(self) -> str:
+        """The three settings that help most where memory is short, with their values."""
+        sizes = {
+            "sft": {"max_length": self.max_length},
+            "polychromic": {"polychromic.n_samples": self.polychromic.n_samples, "max_length": self.max_length},
+            "grpo": {
+                "grpo.n_generations": self.grpo.n_generations,
+                "grpo.max_completion_length": self.grpo.max_completion_length,
+            },
+            "distill": {
+                "distill.rollouts": self.distill.rollouts, "distill.max_new_tokens": self.distill.max_new_tokens,
+            },
+        }[self.method]  # fmt: skip
+        named = {"batch_size": self.batch_size, **sizes}
+        if len(named) < 3:
+            named["lora.r"] = self.lora.r
+        first, second, third = (f"{name}={value}" for name, value in named.items())
+        return f"{first} (a higher accumulation makes up for it), {second} or {third}"
 
     @property
     def warm_start(self) -> str | None:

@@ -1,25 +1,31 @@
-"""Training on node targets: searches with the model that the run starts from, then a trainer on their trees."""
+"""Training on node targets: tree searches, then a trainer on what they know at every node.
+
+Trees are searched once, with the model that the run starts from (`trees: start`), or anew for every step with the
+policy as it is (`trees: policy`): see `nodetargets` for what each optimises.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dts
 from dts.models.huggingface import HFModel
-from dts.rewards import Reward, as_reward
+from dts.rewards import Prompt, Reward, as_reward
 from dts.search import MaxEnt
-from dts.training.config import TrainConfig
+from dts.training.config import DistillSettings, TrainConfig
 from dts.training.data import Row
 from dts.training.grpo import distinct_prompts, fitting
 from dts.training.kept import TREES, kept
 from dts.training.nodetargets import Taught, mean_kl, node_losses, search_trees, taught_from
+from dts.training.parts import Parts
 from dts.training.sampling import in_eval_mode, stream
-from dts.training.trees import TreeTrainer, adapted, trainer_options
+from dts.training.trees import TreeTrainer, step_requests, tree_trainer
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +33,65 @@ log = logging.getLogger(__name__)
 class NodeTargets:
     """`Objective`: KL of the policy from each tree's targets, weighted by the share of pi* that comes by."""
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, settings: DistillSettings) -> None:
+        self._settings = settings
 
-    def loss(self, trainer: TreeTrainer, model: Any, example: Taught) -> torch.Tensor:
-        logits, reference = trainer.both(model, example.packed)
-        logits, reference = logits / self._temperature, reference / self._temperature
-        weights = torch.tensor(example.weights, device=logits.device)
-        loss = (weights * node_losses(logits, reference, example.nats)).sum()
-        trainer.meter.observe("target_kl", loss.item())
-        with torch.no_grad():
-            trainer.meter.observe("kl_to_start", (weights * mean_kl(logits, reference)).sum().item())
-        trainer.meter.add("tree_tokens", len(example.packed.prompt_ids) + len(example.packed.tokens))
-        return loss
+    def prepare(self, trainer: TreeTrainer, examples: Sequence[Taught]) -> Sequence[Taught]:
+        return examples
+
+    def loss(self, trainer: TreeTrainer, model: Any, ready: Taught) -> torch.Tensor:
+        logits, reference = self._logits(trainer, model, ready)
+        return self._loss(trainer, ready, logits, reference, reference)
+
+    def _logits(self, trainer: TreeTrainer, model: Any, taught: Taught) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, reference = trainer.both(model, taught.packed)
+        return logits / self._settings.temperature, reference / self._settings.temperature
+
+    def _loss(
+        self, trainer: TreeTrainer, taught: Taught, logits: torch.Tensor, searched: torch.Tensor, start: torch.Tensor
+    ) -> torch.Tensor:
+        """searched, start: logits of the model that the tree was searched with, and of the start of the run."""
+        settings, meter = self._settings, trainer.meter
+        weights = torch.tensor(taught.weights, device=logits.device)
+        loss = (weights * node_losses(logits, searched, taught.nats)).sum()
+        meter.observe("target_kl", loss.item())
+        kl = (weights * mean_kl(logits, start)).sum()
+        meter.observe("kl_to_start", kl.item())
+        meter.add("tree_tokens", len(taught.packed.prompt_ids) + len(taught.packed.tokens))
+        return loss + settings.reward_scale * settings.kl_coeff * kl
+
+
+class FreshTargets(NodeTargets):
+    """`NodeTargets` of trees that are searched with the policy as it is at the step."""
+
+    def __init__(self, settings: DistillSettings, reward: Reward) -> None:
+        super().__init__(settings)
+        self._reward = reward
+
+    def prepare(self, trainer: TreeTrainer, examples: Sequence[Prompt]) -> Sequence[Taught]:
+        lm, meter = trainer.lm, trainer.meter
+        with meter.timed("draw"), in_eval_mode(lm.model):
+            trees = list(searches(self._settings, lm, step_requests(trainer, examples), self._reward))
+        for tree in trees:
+            meter.scored(tree.reward_seconds)
+            meter.add("sampled_tokens", tree.forwarded_tokens)
+            meter.observe("avg_reward", tree.start_reward)
+            meter.observe("target_reward", tree.reward)
+        return trees
+
+    def loss(self, trainer: TreeTrainer, model: Any, ready: Taught) -> torch.Tensor:
+        logits, start = self._logits(trainer, model, ready)
+        return self._loss(trainer, ready, logits, logits.detach(), start)
+
+
+def searches(
+    settings: DistillSettings, lm: HFModel, requests: Sequence[dts.Request], reward: Reward
+) -> Iterator[Taught]:
+    """What a search of each request teaches, in order."""
+    return search_trees(
+        lm, requests, reward=reward, method=MaxEnt(settings.rollouts, settings.reward_scale),
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+    )  # fmt: skip
 
 
 def draw_trees(
@@ -47,16 +99,11 @@ def draw_trees(
 ) -> list[Taught]:
     """What a search of each prompt teaches; kept in the folder as they come. A prompt's tree depends on the seed, and
     on nothing that training does."""
-    settings = config.distill
-    prompts = fitting(distinct_prompts(rows), lm, config.max_length - settings.max_new_tokens)
+    prompts = prompts_of(config, rows, lm)
 
-    def make(indices: range) -> list[dict[str, Any]]:
-        asked = [(prompts[index], stream(config.seed, index)) for index in indices]
-        found = search_trees(
-            lm, asked, reward=as_reward(reward), method=MaxEnt(settings.rollouts, settings.reward_scale),
-            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-        )  # fmt: skip
-        return [taught.as_dict() for taught in found]
+    def make(indices: range) -> Iterator[dict[str, Any]]:
+        asked = [dts.Request(prompts[index], seed=stream(config.seed, index)) for index in indices]
+        return (taught.as_dict() for taught in searches(config.distill, lm, asked, as_reward(reward)))
 
     whole = config.as_dict()
     about = {key: whole[key] for key in ("model", "data", "max_rows", "max_length", "seed", "distill")}
@@ -68,22 +115,22 @@ def draw_trees(
     return trees
 
 
+def prompts_of(config: TrainConfig, rows: Sequence[Row], lm: HFModel) -> list[list[dict[str, str]]]:
+    """Each different prompt that leaves room for a completion."""
+    return fitting(distinct_prompts(rows), lm, config.max_length - config.distill.max_new_tokens)
+
+
 def _means(trees: Sequence[Taught]) -> tuple[float, float]:
     pairs = [(tree.start_reward, tree.reward) for tree in trees]
     first, second = (math.fsum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return first, second
 
 
-def build_distill(
-    config: TrainConfig,
-    rows: Sequence[Row],
-    model: Any,
-    tokenizer: Any,
-    lora: Any,
-    arguments: dict[str, Any],
-    reward: Reward | Callable[..., Any],
-) -> TreeTrainer:
-    """A ready trainer, with all trees drawn; see `build_sft`. A warm start is its own reference."""
-    trees = draw_trees(config, rows, HFModel(model, tokenizer), reward, Path(config.folder))
-    options = trainer_options(config, adapted(model, lora, arguments), tokenizer, arguments)
-    return TreeTrainer(trees, NodeTargets(config.distill.temperature), **options)
+def build_distill(parts: Parts) -> TreeTrainer:
+    """A ready trainer; with `trees: start`, all trees are drawn. A warm start is its own reference."""
+    config = parts.config
+    if config.distill.trees == "policy":
+        objective = FreshTargets(config.distill, as_reward(parts.judge))
+        return tree_trainer(parts, prompts_of(config, parts.rows, parts.lm), objective)
+    trees = draw_trees(config, parts.rows, parts.lm, parts.judge, Path(config.folder))
+    return tree_trainer(parts, trees, NodeTargets(config.distill))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dts.training.config import GRPOSettings, TrainConfig, derive_accumulation
 from dts.training.data import Row
 from dts.training.estimator import grpo_diversity_weight
 from dts.training.health import Meter, Watch
+from dts.training.parts import Parts
 from dts.training.rewards import as_trl, diversity_reward, runs
 from dts.training.sampling import (
     Draw,
@@ -86,7 +87,7 @@ class GroupTrainer(GRPOTrainer):
             for prompt, part in _groups(prompts, self._settings.n_generations)
             for shown, members in draw_plan(prompt, part, self._settings)
         ]
-        with in_eval_mode(self._lm.model):
+        with self._meter.timed("draw"), in_eval_mode(self._lm.model):
             drawn = self._draw(self._lm, [draw for _, draw in planned])
             for (trained, draw), group in zip(planned, drawn, strict=True):
                 prompt_ids += [self._lm.encode(trained)] * draw.n
@@ -94,6 +95,7 @@ class GroupTrainer(GRPOTrainer):
                 self._weights += [math.exp(weight) for weight in group.log_weights]
                 self._meter.add("sampled_tokens", group.forwarded_tokens)
                 self._meter.observe("effective_group", effective_size(group.log_weights))
+                self._meter.scored(group.reward_seconds)
         return prompt_ids, completion_ids
 
     def _draw(self, lm: HFModel, draws: Sequence[Draw]) -> Iterator[Group]:
@@ -110,6 +112,10 @@ class GroupTrainer(GRPOTrainer):
         output["advantages"] = output["advantages"] * torch.tensor(self._weights).to(output["advantages"])
         self._meter.observe("avg_reward", self._metrics["train"]["reward"][-1])
         return output
+
+    def _calculate_rewards(self, *arguments: Any) -> Any:
+        with self._meter.timed("score"):
+            return super()._calculate_rewards(*arguments)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -167,26 +173,19 @@ def _groups(prompts: Sequence[Any], size: int) -> list[tuple[Any, slice]]:
     return [(prompts[start], slice(start, start + size)) for start in range(0, len(prompts), size)]
 
 
-def build_grpo(
-    config: TrainConfig,
-    rows: Sequence[Row],
-    model: Any,
-    tokenizer: Any,
-    lora: Any,
-    arguments: dict[str, Any],
-    reward: Reward | Callable[..., Any],
-) -> GroupTrainer:
-    """A ready trainer; see `build_sft`. A warm start is its own KL reference."""
+def build_grpo(parts: Parts) -> GroupTrainer:
+    """A ready trainer. A warm start is its own KL reference."""
     from datasets import Dataset
 
-    settings, lm = config.grpo, HFModel(model, tokenizer)
+    config, lm = parts.config, parts.lm
+    settings = config.grpo
     accumulation = derive_accumulation(config.batch_size, settings.n_generations, config.accumulation)
-    rewards, weights = [as_trl(reward, lm)], [1.0]
+    rewards, weights = [as_trl(parts.judge, lm)], [1.0]
     if settings.diversity_weight > 0:
         rewards.append(diversity_reward)
         weights.append(grpo_diversity_weight(settings.diversity_weight, settings.n_generations))
     args = GRPOConfig(
-        **{**arguments, "gradient_accumulation_steps": accumulation},
+        **{**parts.arguments, "gradient_accumulation_steps": accumulation},
         num_generations=settings.n_generations,
         max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,
@@ -199,21 +198,22 @@ def build_grpo(
         reward_weights=weights,
     )
     return GroupTrainer(
-        model=model,
+        model=parts.model,
         reward_funcs=rewards,
         args=args,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in fitting_groups(config, rows, lm)]),
-        processing_class=tokenizer,
-        peft_config=lora,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in fitting_groups(parts)]),
+        processing_class=parts.tokenizer,
+        peft_config=parts.lora,
         callbacks=[Watch(config.model)],
         settings=settings,
-        reward=as_reward(reward),
+        reward=as_reward(parts.judge),
     )
 
 
-def fitting_groups(config: TrainConfig, rows: Sequence[Row], lm: HFModel) -> list[list[dict[str, str]]]:
+def fitting_groups(parts: Parts) -> list[list[dict[str, str]]]:
     """Prompts that leave room for a completion within max_length."""
-    prompts = fitting(prompts_of(config, rows), lm, config.max_length - config.grpo.max_completion_length)
+    config = parts.config
+    prompts = fitting(prompts_of(config, parts.rows), parts.lm, config.max_length - config.grpo.max_completion_length)
     check_groups(config, len(prompts))
     return prompts
 

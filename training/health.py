@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from dts.duration import duration
 from dts.training.adapters import name_base
+from dts.training.progress import Clock
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,7 @@ KL_LIMIT = 50.0  # nats per sequence
 KL_JUMP = 10.0  # times the median of the steps before, from 5 nats on
 FLAT_STEPS = 5  # steps in a row in which every group's rewards were all equal
 LITTLE_DIVERSITY = 0.05
+PARTS = ("draw", "score", "loss", "update")  # of a step's time
 
 
 class Meter:
@@ -39,6 +44,20 @@ class Meter:
     def observe(self, name: str, value: float) -> None:
         """One value of a mean."""
         self._means.setdefault(name, []).append(float(value))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the seconds spent to `time_PART`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(f"time_{part}", time.perf_counter() - start)
+
+    def scored(self, seconds: float) -> None:
+        """So many of the seconds that went to drawing were the reward's."""
+        self.add("time_draw", -seconds)
+        self.add("time_score", seconds)
 
     def take(self) -> dict[str, float]:
         """The step's figures; the meter is empty afterwards."""
@@ -76,28 +95,45 @@ def findings(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class Watch(TrainerCallback):
-    """Logs each finding when it first appears, writes the tracked names into the history, and has checkpoints name
-    the base model."""
+    """Logs each finding when it first appears, writes the tracked names and the times of a step's parts into the
+    history, and has checkpoints name the base model."""
 
     def __init__(self, base: str) -> None:
         self._base = base
         self._warned: set[str] = set()
+        self._clock = Clock()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.start()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.after_update()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.log_history or "loss" not in state.log_history[-1]:
             return
         record = state.log_history[-1]
+        record.update(self._clock.figures(record))
         found = findings(state.log_history)
         for kind in found.keys() - self._warned:
             log.warning("step %d: %s", state.global_step, found[kind])
         self._warned = set(found)
         record.update({f"train/{name}": record[name] for name in TRACKED if name in record})
-        log.info("step %d: %s", state.global_step, _line(record))
+        if args.disable_tqdm:  # else a bar shows them
+            left = duration(self._clock.left(state.max_steps - state.global_step))
+            log.info("step %d of %d: %s; %s left", state.global_step, state.max_steps, _line(record), left)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name_base(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._base, kwargs["model"])
+        self._clock.start()
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    shown = ("loss", "learning_rate", *TRACKED)
-    return ", ".join(f"{name} {record[name]:.4g}" for name in shown if isinstance(record.get(name), int | float))
+    names = ("loss", "learning_rate", *TRACKED)
+    figures = [f"{name} {record[name]:.4g}" for name in names if isinstance(record.get(name), int | float)]
+    parts = [f"{part} {record[f'time_{part}']:.2g} s" for part in PARTS if f"time_{part}" in record]
+    rate = "time_tokens_per_second"
+    return ", ".join([*figures, *parts, *([f"{record[rate]:.0f} tokens/s"] if rate in record else [])])

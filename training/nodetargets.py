@@ -30,7 +30,7 @@ import torch
 import dts
 from dts.lm import LanguageModel
 from dts.results import Result
-from dts.rewards import Prompt, Reward
+from dts.rewards import Reward
 from dts.search import MaxEnt
 from dts.softvalue import SoftValues
 from dts.training.packed import Packed, ancestors_sum
@@ -49,6 +49,7 @@ class Taught:
     reward: float  # mean under the tree's estimate of pi*
     start_reward: float  # mean of the tree's finished sequences
     forwarded_tokens: int
+    reward_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,17 +64,16 @@ def taught_from(record: Mapping[str, Any]) -> Taught:
 
 
 def search_trees(
-    lm: LanguageModel, prompts: Sequence[tuple[Prompt, int]], *, reward: Reward, method: MaxEnt, max_new_tokens: int,
+    lm: LanguageModel, requests: Sequence[dts.Request], *, reward: Reward, method: MaxEnt, max_new_tokens: int,
     temperature: float,
 ) -> Iterator[Taught]:  # fmt: skip
-    """What a search of each (prompt, seed) teaches, in order. The searches share a batch."""
-    requests = [dts.Request(prompt, seed=seed) for prompt, seed in prompts]
+    """What a search of each request teaches, in order. The searches share a batch."""
     results = dts.decode_many(
         lm, requests, reward=reward, method=method, width=method.batch_size(), max_new_tokens=max_new_tokens,
         temperature=temperature,
     )  # fmt: skip
-    for (prompt, _), result in zip(prompts, results, strict=True):
-        yield taught_by(result, lm.encode(prompt))
+    for request, result in zip(requests, results, strict=True):
+        yield taught_by(result, lm.encode(request.prompt))
 
 
 def taught_by(result: Result, prompt_ids: Sequence[int]) -> Taught:
@@ -94,7 +94,7 @@ def taught_by(result: Result, prompt_ids: Sequence[int]) -> Taught:
     mean = math.fsum(share * tree.reward[leaf] for leaf, share in result.shares.items())
     return Taught(
         packed, ancestors_sum(parents, shares), nats, mean, math.fsum(rewards) / len(rewards),
-        result.usage.forwarded_tokens,
+        result.usage.forwarded_tokens, result.usage.reward_seconds,
     )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dts.errors import UnavailableError
 from dts.models.huggingface import HFModel
-from dts.training.config import PolychromicSettings, TrainConfig
-from dts.training.data import Row
+from dts.training.config import PolychromicSettings
 from dts.training.diversity import DISTANCES, GATES, distance_matrix, gate_values, named, unique_words
 from dts.training.estimator import diversity, pairwise_advantages, score_function_loss
 from dts.training.health import Meter
+from dts.training.parts import Parts
 from dts.training.sampling import Group, decoder_of, draw_samples, in_eval_mode, stream
 from dts.training.sft import IGNORED, build_sft
 
@@ -86,7 +86,7 @@ class PolychromicTrainer(SFTTrainer):
         key = (self.args.seed, step, self._pass[1], self.args.process_index)
         settings = self._settings
         self._lm = self._lm or decoder_of(self)
-        with in_eval_mode(self._lm.model):
+        with self._meter.timed("draw"), in_eval_mode(self._lm.model):
             return [
                 draw_samples(
                     self._lm, prompt, settings.n_samples, max_new_tokens=settings.max_new_tokens,
@@ -115,9 +115,6 @@ def _prompts(input_ids: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
     return [row[:start].tolist() for row, start in zip(input_ids, starts, strict=True)]
 
 
-def build_polychromic(
-    config: TrainConfig, rows: Sequence[Row], model: Any, tokenizer: Any, lora: Any, arguments: dict[str, Any]
-) -> PolychromicTrainer:
-    """A ready trainer; see `build_sft`."""
-    trainer = functools.partial(PolychromicTrainer, polychromic=config.polychromic)
-    return build_sft(config, rows, model, tokenizer, lora, arguments, trainer)
+def build_polychromic(parts: Parts) -> Any:
+    """A ready trainer."""
+    return build_sft(parts, functools.partial(PolychromicTrainer, polychromic=parts.config.polychromic))

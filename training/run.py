@@ -28,6 +28,7 @@ from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
 from dts.training.extra import require_train_extra
 from dts.training.kept import TREES
+from dts.training.parts import Parts
 from dts.training.rewards import check_prompts, find_reward
 
 log = logging.getLogger(__name__)
@@ -82,22 +83,22 @@ def train(
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")
-    trainer = _build(config, rows, model, reward, _arguments(config, report_to, progress))
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    _quiet(trainer)
-    hide_base(trainer.model)
-    if checkpoint is not None:
-        _restore_token_count(trainer, checkpoint)
+    trainer = None
     try:
+        trainer = _build(config, rows, model, reward, _arguments(config, report_to, progress))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        _show_progress(trainer, progress)
+        hide_base(trainer.model)
+        if checkpoint is not None:
+            _restore_token_count(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        where = "before the first step" if trainer is None else f"at step {trainer.state.global_step + 1}"
         raise UnavailableError(
-            f"out of memory at step {trainer.state.global_step} of {config.name}: lower batch_size={config.batch_size}"
-            f", max_length={config.max_length} or the samples per prompt, and continue with "
-            "--resume-from-checkpoint auto"
+            f"out of memory {where} of {config.name}: lower {config.memory_advice}, and start again with --overwrite"
         ) from error
     drop_reference(trainer.model)
     trainer.save_model()  # with the tokenizer and training_args.bin
@@ -124,25 +125,24 @@ def _build(
         reward = find_reward(config.reward, rows, search=guides, option=f"{config.method}.reward")
     set_seed(config.seed)  # a new adapter is random
     model, tokenizer, lora = load_for_training(config, given)
+    parts = Parts(config, rows, model, tokenizer, lora, arguments, reward)
     if config.method == "grpo":
-        assert reward is not None
         if config.grpo.groups == "tree":
             from dts.training.treegroups import build_tree_grpo
 
-            return build_tree_grpo(config, rows, model, tokenizer, lora, arguments, reward)
-        return build_grpo(config, rows, model, tokenizer, lora, arguments, reward)
+            return build_tree_grpo(parts)
+        return build_grpo(parts)
     if config.method == "distill":
         from dts.training.distill import build_distill
 
-        assert reward is not None
-        return build_distill(config, rows, model, tokenizer, lora, arguments, reward)
+        return build_distill(parts)
     if config.method == "polychromic":
         from dts.training.polychromic import build_polychromic
 
-        return build_polychromic(config, rows, model, tokenizer, lora, arguments)
+        return build_polychromic(parts)
     from dts.training.sft import build_sft
 
-    return build_sft(config, rows, model, tokenizer, lora, arguments)
+    return build_sft(parts)
 
 
 def _arguments(config: TrainConfig, report_to: Sequence[str], progress: bool) -> dict[str, Any]:
@@ -208,11 +208,16 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _quiet(trainer: Any) -> None:
-    """Without progress bars `transformers` prints every log line; ours goes through `logging`."""
-    from transformers import PrinterCallback
+def _show_progress(trainer: Any, progress: bool) -> None:
+    """A bar of our own, or none: without one `transformers` prints every log line, and ours goes through `logging`."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from dts.training.progress import Bar
 
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(Bar())
 
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ class Group:
     texts: list[str]
     log_weights: list[float]  # log of p / q of each draw, q the distribution it was drawn from; 0 for draws from p
     forwarded_tokens: int
+    reward_seconds: float = 0.0
 
 
 @contextmanager
@@ -92,7 +93,9 @@ def draw_searched(
         own = result.sample(draw.n, draw.seed)
         log_weights = [one.logprob - result.values.log_prob(one.token_ids, one.token_logprobs) for one in own]
         texts, ids = [one.text for one in own], [one.token_ids for one in own]
-        yield Group(lm.encode(draw.prompt), ids, texts, log_weights, result.usage.forwarded_tokens)
+        yield Group(
+            lm.encode(draw.prompt), ids, texts, log_weights, result.usage.forwarded_tokens, result.usage.reward_seconds
+        )
 
 
 def effective_size(log_weights: Sequence[float]) -> float:

@@ -8,9 +8,9 @@ from typing import Any
 
 from dts.errors import UsageError
 from dts.models.huggingface import HFModel
-from dts.training.config import TrainConfig
 from dts.training.data import Row
 from dts.training.health import Watch
+from dts.training.parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -57,27 +57,19 @@ def score_labels_only() -> None:
         utils._use_triton = compact
 
 
-def build_sft(
-    config: TrainConfig,
-    rows: Sequence[Row],
-    model: Any,
-    tokenizer: Any,
-    lora: Any,
-    arguments: dict[str, Any],
-    trainer: Callable[..., Any] | None = None,
-) -> Any:
-    """A ready trainer. lora: configuration of a new adapter, or None where `model` has one. arguments: of the run.
-    trainer: another one than TRL's SFT trainer, of the same arguments."""
+def build_sft(parts: Parts, trainer: Callable[..., Any] | None = None) -> Any:
+    """A ready trainer. trainer: another one than TRL's SFT trainer, of the same arguments."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     score_labels_only()
-    examples = encode_rows(rows, model, tokenizer, config.max_length, config.completion_only_loss)
+    config = parts.config
+    examples = encode_rows(parts.rows, parts.model, parts.tokenizer, config.max_length, config.completion_only_loss)
     return (trainer or SFTTrainer)(
-        model=model,
-        args=SFTConfig(**arguments, max_length=None),
+        model=parts.model,
+        args=SFTConfig(**parts.arguments, max_length=None),
         train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        peft_config=lora,
+        processing_class=parts.tokenizer,
+        peft_config=parts.lora,
         callbacks=[Watch(config.model)],
     )

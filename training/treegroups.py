@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 import dts
-from dts.models.huggingface import HFModel
+from dts.results import Result
 from dts.rewards import Prompt, Reward, as_reward
 from dts.training.branches import Branching, Drawn, drawn_tokens, packed_draws
-from dts.training.config import GRPOSettings, TrainConfig, derive_accumulation
-from dts.training.data import Row
+from dts.training.config import GRPOSettings, derive_accumulation
 from dts.training.grpo import fitting_groups
+from dts.training.health import Meter
 from dts.training.nodetargets import mean_kl
-from dts.training.sampling import decoder_of, in_eval_mode, stream
-from dts.training.trees import TreeTrainer, adapted, trainer_options
+from dts.training.packed import Packed
+from dts.training.parts import Parts
+from dts.training.sampling import in_eval_mode
+from dts.training.trees import TreeTrainer, step_requests, tree_trainer
 
 LEAST = 1e-4  # of the deviation that advantages are divided by, as in TRL
 
@@ -29,18 +31,22 @@ class TreeGroups:
     def __init__(self, settings: GRPOSettings, reward: Reward) -> None:
         self._settings, self._reward = settings, reward
         self.method = Branching(settings.tree_roots, settings.tree_segment, settings.tree_splits)
-        self._lm: HFModel | None = None
-        self._pass = (-1, 0)  # optimizer step, passes made in it
 
-    def loss(self, trainer: TreeTrainer, model: Any, example: Prompt) -> torch.Tensor:
-        step = trainer.state.global_step
-        passes = self._pass[1] + 1 if self._pass[0] == step else 0
-        self._pass = (step, passes)
-        self._lm = self._lm or decoder_of(trainer)
-        seed = stream(trainer.args.seed, step, passes, trainer.args.process_index)
-        with in_eval_mode(self._lm.model):
-            drawn = self._draw(self._lm, example, seed, trainer)
-        packed, rows = packed_draws(self._lm.encode(example), drawn)
+    def prepare(self, trainer: TreeTrainer, examples: Sequence[Prompt]) -> list[tuple[Packed, list[int], list[Drawn]]]:
+        """A group for each prompt: its beginnings as a tree, the row of each draw, and the draws."""
+        settings, lm = self._settings, trainer.lm
+        with trainer.meter.timed("draw"), in_eval_mode(lm.model):
+            results = dts.decode_many(
+                lm, step_requests(trainer, examples), reward=self._reward, method=self.method,
+                width=self.method.batch_size(), max_new_tokens=settings.max_completion_length,
+                temperature=settings.temperature,
+            )  # fmt: skip
+            groups = [self._group(result, trainer.meter) for result in results]
+        packed = [packed_draws(lm.encode(prompt), drawn) for prompt, drawn in zip(examples, groups, strict=True)]
+        return [(tree, rows, drawn) for (tree, rows), drawn in zip(packed, groups, strict=True)]
+
+    def loss(self, trainer: TreeTrainer, model: Any, ready: tuple[Packed, list[int], list[Drawn]]) -> torch.Tensor:
+        packed, rows, drawn = ready
         logits, reference = (part / self._settings.temperature for part in trainer.both(model, packed))
         policy, kl, tokens = self._parts(logits, reference, drawn, rows)
         loss = policy + self._settings.kl_coeff * kl / tokens
@@ -50,20 +56,16 @@ class TreeGroups:
         trainer.meter.observe("kl_penalty", kl.item())
         return loss
 
-    def _draw(self, lm: HFModel, prompt: Prompt, seed: int, trainer: TreeTrainer) -> list[Drawn]:
-        settings, meter = self._settings, trainer.meter
-        result = dts.decode(
-            lm, prompt, method=self.method, reward=self._reward, max_new_tokens=settings.max_completion_length,
-            temperature=settings.temperature, seed=seed,
-        )  # fmt: skip
+    def _group(self, result: Result, meter: Meter) -> list[Drawn]:
         rewards = [rollout.reward for rollout in result.rollouts]
         ids = [result.tree.tokens(rollout.leaf) for rollout in result.rollouts]
         siblings = self.method.branches(list(zip(ids, rewards, strict=True)))
         deviation = statistics.stdev(rewards)
         meter.add("sampled_tokens", result.usage.forwarded_tokens)
+        meter.scored(result.usage.reward_seconds)
         meter.observe("avg_reward", statistics.fmean(branch.value for branch in siblings))
         meter.observe("frac_reward_zero_std", float(deviation == 0))
-        scale = deviation + LEAST if settings.scale_rewards == "group" else 1.0
+        scale = deviation + LEAST if self._settings.scale_rewards == "group" else 1.0
         return [replace(draw, advantage=draw.advantage / scale) for draw in drawn_tokens(siblings)]
 
     def _parts(
@@ -82,19 +84,12 @@ class TreeGroups:
         return -(weights * advantages * log_probs).sum() / count, kl, count
 
 
-def build_tree_grpo(
-    config: TrainConfig,
-    rows: Sequence[Row],
-    model: Any,
-    tokenizer: Any,
-    lora: Any,
-    arguments: dict[str, Any],
-    reward: Reward | Callable[..., Any],
-) -> TreeTrainer:
-    """A ready trainer; see `build_sft`. A pass is one group, and a step as many of them as plain groups would have."""
+def build_tree_grpo(parts: Parts) -> TreeTrainer:
+    """A ready trainer. A pass is one group, and a step as many of them as plain groups would have."""
+    config = parts.config
     settings, size = config.grpo, config.batch_size
     groups = size * derive_accumulation(size, settings.n_generations, config.accumulation) // settings.n_generations
-    prompts = fitting_groups(config, rows, HFModel(model, tokenizer))
-    arguments = {**arguments, "per_device_train_batch_size": 1, "gradient_accumulation_steps": groups}
-    options = trainer_options(config, adapted(model, lora, arguments), tokenizer, arguments)
-    return TreeTrainer(prompts, TreeGroups(settings, as_reward(reward)), **options)
+    objective = TreeGroups(settings, as_reward(parts.judge))
+    return tree_trainer(
+        parts, fitting_groups(parts), objective, per_device_train_batch_size=1, gradient_accumulation_steps=groups
+    )

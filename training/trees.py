@@ -8,10 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import Dataset
 
+import dts
 from dts.errors import UnavailableError
-from dts.training.config import TrainConfig
+from dts.models.huggingface import HFModel
+from dts.rewards import Prompt
 from dts.training.health import Meter, Watch
 from dts.training.packed import Packed, check_packing, tree_logits
+from dts.training.parts import Parts
+from dts.training.sampling import decoder_of, stream
 
 try:
     from peft import get_peft_model
@@ -39,7 +43,10 @@ class Numbers(Dataset[int]):
 class Objective(Protocol):
     """What is trained for."""
 
-    def loss(self, trainer: TreeTrainer, model: Any, example: Any) -> torch.Tensor:
+    def prepare(self, trainer: TreeTrainer, examples: Sequence[Any]) -> Sequence[Any]:
+        """What the losses of an optimizer step are taken on: of each of its examples, before the first pass."""
+
+    def loss(self, trainer: TreeTrainer, model: Any, ready: Any) -> torch.Tensor:
         """The loss of one example, a scalar. model: as it is to be called, for gradients."""
 
 
@@ -49,14 +56,29 @@ class TreeTrainer(Trainer):
     def __init__(self, examples: Sequence[Any], objective: Objective, **options: Any) -> None:
         super().__init__(train_dataset=Numbers(len(examples)), data_collator=_numbers, **options)
         self.examples, self.objective, self.meter = examples, objective, Meter()
+        self._ready: dict[int, Any] = {}  # by number: what the objective prepared for this step
+        self._lm: HFModel | None = None
         self._checked = 0  # positions up to which the model was seen to take trees
         self.model_accepts_loss_kwargs = False  # the loss is divided by the passes of a step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        numbers = [number for batch in batches for number in batch["numbers"].tolist()]
+        ready = self.objective.prepare(self, [self.examples[number] for number in numbers])
+        self._ready = dict(zip(numbers, ready, strict=True))
+        return batches, items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         numbers = inputs["numbers"].tolist()
-        return torch.stack([self.objective.loss(self, model, self.examples[number]) for number in numbers]).mean()
+        return torch.stack([self.objective.loss(self, model, self._ready[number]) for number in numbers]).mean()
+
+    @property
+    def lm(self) -> HFModel:
+        """The policy as something to decode with: one for the whole run, as its self-check is of the first weights."""
+        self._lm = self._lm or decoder_of(self)
+        return self._lm
 
     def both(self, model: Any, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the policy, and of the reference without gradients, [rows, V] each."""
@@ -98,11 +120,24 @@ def adapted(model: Any, lora: Any, arguments: dict[str, Any]) -> Any:
     return model
 
 
-def trainer_options(config: TrainConfig, model: Any, tokenizer: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What every `TreeTrainer` is given."""
-    return {
-        "model": model,
-        "args": TrainingArguments(**arguments, remove_unused_columns=False, label_names=[]),
-        "processing_class": tokenizer,
-        "callbacks": [Watch(config.model)],
-    }
+def tree_trainer(parts: Parts, examples: Sequence[Any], objective: Objective, **arguments: Any) -> TreeTrainer:
+    """A ready trainer. A warm start is its own reference. arguments: of `TrainingArguments`, over those of the run."""
+    arguments = {**parts.arguments, **arguments}
+    return TreeTrainer(
+        examples,
+        objective,
+        model=adapted(parts.model, parts.lora, arguments),
+        args=TrainingArguments(**arguments, remove_unused_columns=False, label_names=[]),
+        processing_class=parts.tokenizer,
+        callbacks=[Watch(parts.config.model)],
+    )
+
+
+def step_requests(trainer: TreeTrainer, prompts: Sequence[Prompt]) -> list[dts.Request]:
+    """The prompts of an optimizer step; what is drawn depends on the seed and the step alone, so that a resumed run
+    draws what an uninterrupted one draws."""
+    key = (trainer.args.seed, trainer.state.global_step)
+    return [
+        dts.Request(prompt, seed=stream(*key, index, trainer.args.process_index))
+        for index, prompt in enumerate(prompts)
+    ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dts.duration import duration
 from dts.evaluation.experiment.plan import Plan
 from dts.evaluation.records import Job, SampleRecord
 from dts.evaluation.report.summary import markdown
@@ -80,14 +81,3 @@ def _legend(done: Sequence[SampleRecord], rate: float | None) -> str:
 
 def _count(value: float | None) -> str:
     return "unknown" if value is None else f"{value:,.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person would say them."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR[,DIR]",
                         help="another model, compared with the baseline; may be repeated")  # fmt: skip
     _add_protocol(parser, output="output/evaluation/comprehensive")
+    parser.add_argument("--dashboard", action="store_true", help="write a page on reward hacking: dashboard.html")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[], metavar="N",
+                        help="also compare each model's checkpoint nearest to N drawn tokens")  # fmt: skip
     parser.add_argument("--checks", nargs="+", default=[], metavar="MODULE:FUNCTION",
                         help="rewards in [0, 1] as measures, for prompts without human replies")  # fmt: skip
     judge = parser.add_argument_group("judge (off unless one of these is given)")
@@ -67,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
     """`evaluate_comprehensive`."""
     models = {name: getattr(args, name) for name in FOUR_WAY if getattr(args, name)}
     models |= _others(args.model)
-    settings = _protocol(args, judge_items=args.judge_items, checks=tuple(args.checks))
+    settings = _protocol(args, judge_items=args.judge_items, checks=tuple(args.checks),
+                         dashboard=args.dashboard, tokens=tuple(args.tokens))  # fmt: skip
     summary = compare_models(models, settings, args.output, _make_judge(args), resume=args.resume)
     for entry in summary["questions"]:
         log.info("%s %s", entry["question"], entry["answer"])

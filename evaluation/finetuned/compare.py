@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.finetuned import contrasts as comparison
 from dts.evaluation.finetuned.generations import Sampled, Source, sample_models
@@ -31,6 +33,7 @@ from dts.rewards import as_reward
 from dts.training.data import read_rows
 from dts.training.diversity import named
 from dts.training.heuristic_reward import heuristic_reward, prompt_text
+from dts.training.run import read_history
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class CompareSettings:
     temperature: float = 1.0
     seed: int = 0
     judge_items: int = 50  # prompts per contrast that a judge sees
+    dashboard: bool = False  # also score the replies with the first baseline, and write the page on reward hacking
+    tokens: tuple[int, ...] = ()  # also compare the checkpoints nearest to so many drawn tokens
     checks: tuple[str, ...] = ()  # module:function, rewards in [0, 1]; success is 1 of each, without human replies
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ def compare_models(
     models: by the names of `FOUR_WAY` or others, one source per training seed; `baseline` must be there, and others are
     compared with it. Writes `generations.jsonl` as replies come; resume: takes what is there already.
     """
+    models = {**models, **checkpoints_at(models, settings.tokens)}
     asked = dict.fromkeys(pair for question in comparison.QUESTIONS for pair in question.contrasts)
     contrasts = [
         *asked,
@@ -90,11 +96,39 @@ def compare_models(
     folder = Path(output)
     items, yardstick, about = _prepare(models, settings)
     sampled = _sample(models, items, settings, folder, resume)
-    summary = _analyse(sampled, items, yardstick, contrasts, judge, settings)
+    known = _scored(models["baseline"][0], sampled, items, settings) if settings.dashboard else {}
+    summary = _analyse(sampled, items, yardstick, contrasts, judge, settings, known)
     summary |= {"settings": asdict(settings), "models": _named(models, summary["models"]), **about}
+    if settings.dashboard:
+        _write_dashboard(_plain(summary), sampled, items, yardstick, folder)
     summary["questions"] = [comparison.answer(q, summary["contrasts"]) for q in comparison.QUESTIONS]
     write_report(_plain(summary), folder)
     return summary
+
+
+def checkpoints_at(models: Mapping[str, Sequence[Source]], tokens: Sequence[int]) -> dict[str, Sequence[Source]]:
+    """By `NAME@N`: for every seed of a model the checkpoint nearest to N drawn tokens; none for models without any."""
+    found: dict[str, Sequence[Source]] = {}
+    for name, sources in models.items():
+        curves = [drawn_by(source) if isinstance(source, str) else {} for source in sources]
+        if all(curves):
+            for count in tokens:
+                nearest = [min(curve, key=lambda folder: abs(curve[folder] - count)) for curve in curves]
+                log.info("%s@%d: %s", name, count,
+                         ", ".join(f"{folder} ({curve[folder]:.0f} tokens)"
+                                   for folder, curve in zip(nearest, curves, strict=True)))  # fmt: skip
+                found[f"{name}@{count}"] = nearest
+    return found
+
+
+def drawn_by(folder: str) -> dict[str, float]:
+    """Tokens drawn up to each checkpoint of a run, its end not counted; empty for what is no run that drew."""
+    found = {}
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        drawn = [record["sampled_tokens"] for record in read_history(checkpoint) if "sampled_tokens" in record]
+        if drawn:
+            found[str(checkpoint)] = math.fsum(drawn)
+    return found
 
 
 def compare_three(
@@ -183,12 +217,15 @@ def _analyse(
     pairs: Sequence[tuple[str, str]],
     judge: Judge | None,
     settings: CompareSettings,
+    known: Mapping[str, Values] | None = None,
 ) -> dict[str, Any]:
+    """known: more measures by model."""
     clusters = [item.cluster for item in items]
     values: dict[str, Values] = {}
     for name, seeds in sampled.items():
         log.info("measuring %s", name)
         values[name] = table([[yardstick.measure(i, r) for i, r in zip(items, own, strict=True)] for own in seeds])
+        values[name] |= (known or {}).get(name, {})
     pairs = [pair for pair in pairs if set(pair) <= set(sampled)]
     contrasts = {comparison.pair_name((a, b)): comparison.contrast(values[a], values[b], clusters) for a, b in pairs}
     judging = _judge(judge, sampled, items, pairs, contrasts, settings.judge_items)
@@ -203,6 +240,36 @@ def _analyse(
         "failures": {name: _failures(items, seeds) for name, seeds in sampled.items()},
         "judge": judging,
     }
+
+
+def _scored(source: Source, sampled: Sampled, items: Sequence[Item], settings: CompareSettings) -> dict[str, Values]:
+    """What the start model says of everyone's replies, by model: [seeds, items] each."""
+    import dts
+    from dts.evaluation.finetuned.hacking import likelihoods
+
+    start, found = dts.load(source) if isinstance(source, str) else source, {}
+    for name, seeds in sampled.items():
+        log.info("scoring %s with %s", name, start.name)
+        rows = list(likelihoods(start, items, seeds, settings.temperature))
+        found[name] = {measure: np.stack([row[measure] for row in rows]) for measure in rows[0]}
+    return found
+
+
+def _write_dashboard(
+    summary: dict[str, Any], sampled: Sampled, items: Sequence[Item], yardstick: Yardstick, folder: Path
+) -> None:
+    from dts.evaluation.finetuned import hacking
+
+    reward, shown = yardstick.checks[0].name if yardstick.checks else "train_reward", {}
+    for pair in summary["contrasts"]:
+        one, _, other = pair.partition(" vs ")
+        before, after = sampled[other][0], sampled[one][0]
+        worth = [
+            [yardstick.measure(item, replies).get(reward, math.nan) for item, replies in zip(items, own, strict=True)]
+            for own in (before, after)
+        ]
+        shown[pair] = hacking.examples(items, before, after, np.subtract(worth[1], worth[0]))
+    log.info("dashboard: %s", hacking.write_page(folder, hacking.page(summary, shown, reward)))
 
 
 def _judge(

@@ -16,6 +16,13 @@ from dts.training.heuristic_reward import prompt_text
 log = logging.getLogger(__name__)
 
 FILE = "generations.jsonl"
+FIELDS = {
+    "replies": "text",
+    "tokens": "tokens",
+    "cut": "cut",
+    "ids": "ids",
+    "logprobs": "logprob",
+}  # of a line, of a reply
 Source = str | LanguageModel  # what `dts.load` takes, or a loaded model
 Sampled = dict[str, list[list[list[Reply]]]]  # model -> [seeds][items][samples]
 
@@ -60,12 +67,12 @@ def sample_models(
 
 
 def _line(known: Mapping[str, object], replies: Sequence[Reply]) -> str:
-    own = {"replies": [r.text for r in replies], "tokens": [r.tokens for r in replies], "cut": [r.cut for r in replies]}
+    own = {name: [getattr(reply, field) for reply in replies] for name, field in FIELDS.items()}
     return json.dumps({**known, **own}, ensure_ascii=False)
 
 
 def _key(line: Mapping[str, object]) -> str:
-    return json.dumps([value for name, value in line.items() if name not in ("model", "replies", "tokens", "cut")])
+    return json.dumps([value for name, value in line.items() if name not in ("model", *FIELDS)])
 
 
 def _read(file: Path) -> dict[str, tuple[str, list[Reply]]]:
@@ -73,7 +80,9 @@ def _read(file: Path) -> dict[str, tuple[str, list[Reply]]]:
     found = {}
     for entry in read_jsonl(file) if file.is_file() else []:
         try:
-            replies = [Reply(*of) for of in zip(entry["replies"], entry["tokens"], entry["cut"], strict=True)]
+            columns = [entry[name] for name in FIELDS]
+            replies = [Reply(text, tokens, cut, tuple(ids), logprob)
+                       for text, tokens, cut, ids, logprob in zip(*columns, strict=True)]  # fmt: skip
         except (ValueError, KeyError, TypeError):
             continue
         found[_key(entry)] = (json.dumps(entry, ensure_ascii=False), replies)

@@ -6,6 +6,7 @@ Two kinds of test data: replies (JSON Lines with human replies, and engagement w
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import dts
 from dts.errors import UsageError
 from dts.evaluation.measures import metrics, statistics
 from dts.lm import LanguageModel
+from dts.results import Result, Rollout
 from dts.rewards import Finished, Reward
 from dts.search import Sampling
 from dts.training.coding import Problem, extract, passed, problems
@@ -53,6 +55,8 @@ class Reply:
     text: str
     tokens: int
     cut: bool  # ended by the length limit
+    ids: tuple[int, ...] = ()  # its tokens, EOS included; empty where they were not kept
+    logprob: float = 0.0  # of the tokens, under the model and the temperature it was drawn with
 
 
 class Scorer(Protocol):
@@ -89,14 +93,19 @@ def sample_replies(
     lm: LanguageModel, items: Sequence[Item], which: Sequence[int], *, samples: int, max_tokens: int,
     temperature: float, seed: int,
 ) -> Iterator[list[Reply]]:  # fmt: skip
-    """Independent replies to the items of these numbers in turn; the same seed for the same item whatever the model."""
-    for index in which:
-        own = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-        method = Sampling(samples)
-        result = dts.decode(
-            lm, items[index].prompt, method=method, max_new_tokens=max_tokens, temperature=temperature, seed=own
-        )
-        yield [Reply(r.text.strip(), r.length, r.length >= max_tokens) for r in result.rollouts]
+    """Independent replies to the items of these numbers in turn; the same seed for the same item whatever the model.
+    The items share a batch."""
+    seeds = {index: int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in which}
+    requests = [dts.Request(items[index].prompt, seed=own) for index, own in seeds.items()]
+    for result in dts.decode_many(
+        lm, requests, method=Sampling(samples), width=samples, max_new_tokens=max_tokens, temperature=temperature
+    ):
+        yield [_reply(result, rollout, max_tokens) for rollout in result.rollouts]
+
+
+def _reply(result: Result, rollout: Rollout, max_tokens: int) -> Reply:
+    ids, logprob = result.tree.tokens(rollout.leaf), math.fsum(result.tree.log_probs(rollout.leaf))
+    return Reply(rollout.text.strip(), rollout.length, rollout.length >= max_tokens, ids, logprob)
 
 
 # Failure modes -------------------------------------------------------------------------------------------------------
@@ -189,6 +198,7 @@ class Yardstick:
             "distinct_1": metrics.distinct_n(texts, 1),
             "distinct_2": metrics.distinct_n(texts, 2),
             "valid": float(np.mean(valid)),
+            "repetition": float(np.mean([metrics.repetition(text) for text in texts])),
             "words": float(np.mean([len(text.split()) for text in texts])),
         }
         values["diversity"] = 1.0 - values["self_bleu"] / 100.0

@@ -16,7 +16,7 @@ from dts.evaluation.tasks.oracle import WARNING, marked
 
 Entry = Mapping[str, Any]
 SHOWN = ("diversity", "distinct_2", "self_bleu", "rouge_l", "valid", "engagement", "judge", "train_reward", "pass@1",
-         "pass@5", "pass@10", "words")  # fmt: skip
+         "pass@5", "pass@10", "words", "repetition", "fluency", "kl")  # fmt: skip
 COLORS = ("#7F7F7F", "#2A6FDB", "#F9A03F", "#0B7A75", "#AA96DA")
 CAUTION = (
     "Intervals are 95 % BCa over prompts (threads whole) for the models at hand; values are means over training seeds. "
@@ -53,19 +53,21 @@ def models_table(summary: Entry) -> list[list[str]]:
     rows = [["measure", *(f"{name} ({len(model['seeds'])} seed{'s'[: len(model['seeds']) > 1]})"
                           for name, model in models.items())]]  # fmt: skip
     for name in names:
-        rows.append([_shown(summary, name), *(_interval(model["measures"].get(name)) for model in models.values())])
+        rows.append([_shown(summary, name), *(interval(model["measures"].get(name)) for model in models.values())])
     return rows
 
 
 def contrasts_table(summary: Entry) -> list[list[str]]:
-    rows = [["contrast", "measure", "difference", "p", "Holm", "Wilcoxon p", "d", "d_z", "by seed"]]
+    rows = [["contrast", "measure", "difference", "over seeds too", "p", "Holm", "Wilcoxon p", "d", "d_z", "by seed"]]
     for pair, found in summary["contrasts"].items():
         for name in (name for name in measures_of(summary) if name in found):
             entry = found[name]
             numbers = [*(_number(entry.get(key), 4) for key in ("p", "p_holm", "p_wilcoxon")),
                        *(_number(entry.get(key)) for key in ("d", "d_z"))]  # fmt: skip
             by_seed = " ".join(f"{value:+.3f}" for value in entry.get("by_seed", []))
-            rows.append([pair, _shown(summary, name), _interval(entry, sign=True), *numbers, by_seed or "-"])
+            both = entry.get("with_seeds")
+            seeds = f"[{both[0]:+.3f}, {both[1]:+.3f}]" if both and len(entry["by_seed"]) > 1 else "-"
+            rows.append([pair, _shown(summary, name), interval(entry, sign=True), seeds, *numbers, by_seed or "-"])
     return rows
 
 
@@ -91,7 +93,8 @@ def failures_table(summary: Entry) -> list[list[str]]:
     return rows
 
 
-def _interval(entry: Entry | None, sign: bool = False) -> str:
+def interval(entry: Entry | None, sign: bool = False) -> str:
+    """A value with its interval."""
     if entry is None or entry["value"] is None:
         return "-"
     form = "+.3f" if sign else ".3f"
@@ -120,7 +123,7 @@ def facts(summary: Entry) -> list[str]:
         found = summary["scorer"]["rank_correlation_with_engagement"]
         lines.append(
             f"Engagement is scored by: {summary['scorer']['kind']}. Its rank correlation with real engagement is "
-            f"{_interval(found, sign=True)}: where this is near 0, engagement and pass@k say little."
+            f"{interval(found, sign=True)}: where this is near 0, engagement and pass@k say little."
         )
     else:
         lines.append("No engagement in the test data: not scored.")
@@ -142,11 +145,11 @@ def hacking_lines(summary: Entry) -> list[str]:
     for pair, found in summary["reward_hacking"].items():
         if found is None:
             continue
-        held_out = ", ".join(f"{name} {_interval(entry, sign=True)}" for name, entry in found["held_out"].items())
+        held_out = ", ".join(f"{name} {interval(entry, sign=True)}" for name, entry in found["held_out"].items())
         lines.append(
             f"{pair}: {'SUSPECTED' if found['suspected'] else 'not suspected'}; training reward "
-            f"{_interval(found['train_reward'], sign=True)}; held out: {held_out or 'nothing'}; length drift: "
-            f"{'YES' if found['length_drift'] else 'no'} ({_interval(found['words_relative'], sign=True)} relative)."
+            f"{interval(found['train_reward'], sign=True)}; held out: {held_out or 'nothing'}; length drift: "
+            f"{'YES' if found['length_drift'] else 'no'} ({interval(found['words_relative'], sign=True)} relative)."
         )
     return lines
 
@@ -176,7 +179,7 @@ def _tables(summary: Entry) -> list[tuple[str, list[list[str]]]]:
 def _bullet(entry: Entry) -> str:
     mark = "" if entry["decides"] else " (beside)"
     return (
-        f"- {entry['contrast']}, {entry['measure']}{mark}: {_interval(entry, sign=True)}, p {_number(entry['p'], 4)}, "
+        f"- {entry['contrast']}, {entry['measure']}{mark}: {interval(entry, sign=True)}, p {_number(entry['p'], 4)}, "
         f"Holm {_number(entry['p_holm'], 4)}, d_z {_number(entry['d_z'])}"
     )
 
@@ -204,7 +207,7 @@ def section(summary: Entry, folder: Path) -> str:
                           f"<small>{escape(entry['why'])}</small></dd>" for entry in summary["questions"])  # fmt: skip
         parts.append(f"<dl>{answers}</dl>")
     for title, rows in _tables(summary):
-        parts += [f"<h3>{title}</h3>", _html_table(rows)]
+        parts += [f"<h3>{title}</h3>", html_table(rows)]
     for name in ("measures.png", "contrasts.png"):
         if (folder / name).is_file():
             data = base64.b64encode((folder / name).read_bytes()).decode()
@@ -215,7 +218,8 @@ def section(summary: Entry, folder: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header; all text is escaped."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -224,11 +228,12 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def measures_picture(summary: Entry) -> Figure:
+def measures_picture(summary: Entry, asked: Sequence[str] | None = None) -> Figure:
     """A panel per measure: each model's mean, its interval, and its training seeds as dots."""
     models = summary["models"]
-    names = [name for name in measures_of(summary) if all(name in model["measures"] for model in models.values())]
-    columns = 4
+    wanted = measures_of(summary) if asked is None else asked
+    names = [name for name in wanted if all(name in model["measures"] for model in models.values())]
+    columns = min(4, max(1, len(names)))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()

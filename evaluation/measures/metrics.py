@@ -81,6 +81,11 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def repetition(text: str, n: int = 3) -> float:
+    """Share of a text's n-grams of lower-cased words that stood before in it, in [0, 1]; 0 for a text without any."""
+    return 1.0 - distinct_n([text], n) if len(text.split()) >= n else 0.0
+
+
 def self_bleu(texts: Sequence[str]) -> float:
     """Mean sentence BLEU of each text against all others, in [0, 100] (Zhu et al. 2018). High means alike."""
     from sacrebleu.metrics.bleu import BLEU

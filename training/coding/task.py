@@ -23,6 +23,7 @@ from dts.training.coding.sandbox import Limits, run
 
 Test = tuple[list[Any], Any]  # arguments, expected value; all JSON
 SPLITS = ("train", "test")
+TRAIN_TOPICS = ("numbers", "lists")  # the others, text and tables, are for testing
 ASK = "Complete this Python function. Answer with the whole function in one code block."
 _FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -33,6 +34,7 @@ class Problem:
 
     name: str
     level: int  # 1 one expression, 2 a loop or a condition, 3 some thought
+    topic: str  # numbers, lists, text or tables
     signature: str
     doc: str
     public: tuple[Test, ...]  # shown in the prompt
@@ -52,10 +54,11 @@ class Problem:
 @cache
 def _all() -> tuple[Problem, ...]:
     content = yaml.safe_load(Path(__file__).with_name("problems.yaml").read_text(encoding="utf-8"))
-    return tuple(
+    found = (
         Problem(**{**entry, "public": _tests(entry["public"]), "hidden": _tests(entry["hidden"])})
         for entry in content["problems"]
     )
+    return tuple(sorted(found, key=lambda problem: problem.level))
 
 
 def _tests(entries: list[list[Any]]) -> tuple[Test, ...]:
@@ -63,10 +66,11 @@ def _tests(entries: list[list[Any]]) -> tuple[Test, ...]:
 
 
 def problems(split: Literal["train", "test"] | None = None) -> list[Problem]:
-    """The problems, easy ones first. Every third is for testing, the others for training; without a split, all."""
+    """The problems, easy ones first: half of them for training and half for testing, of other topics; without a split,
+    all."""
     if split not in (None, *SPLITS):
         raise UsageError(f"split={split!r} is not allowed; give train, test or None")
-    return [p for i, p in enumerate(_all()) if split is None or (split == "test") == (i % 3 == 2)]
+    return [p for p in _all() if split is None or (split == "train") == (p.topic in TRAIN_TOPICS)]
 
 
 def extract(text: str, name: str) -> str | None:
