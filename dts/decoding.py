@@ -70,8 +70,7 @@ def decode(
         require_eos, constraint, constraint_mode,
     )  # fmt: skip
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
-    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
-    check_engine(lm, method, settings)
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, settings)
     scorer = as_scorer(reward)
     prompt_ids = encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
@@ -102,9 +101,9 @@ def check_arguments(
     max_kv_bytes: int | None,
     budget: Budget | None,
     on_rollout: Callable[..., Any] | None,
-    constraint: Any = None,
+    settings: Decoding,
 ) -> None:
-    """Raise `UsageError` for an argument of another kind than `decode` takes."""
+    """Raise `UsageError` for an argument of another kind than `decode` takes, or one that the engine lacks."""
     if isinstance(lm, type) or not all(callable(getattr(lm, name, None)) for name in ("encode", "decode", "open")):
         raise UsageError(f"lm={shown(lm)} is not a language model; give what dts.load returns")
     if isinstance(method, type) or not all(callable(getattr(method, name, None)) for name in ("batch_size", "budget")):
@@ -114,10 +113,11 @@ def check_arguments(
     check_budget("budget", budget)
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
-    check_constraint(constraint, lm)
+    check_constraint(settings.constraint, lm)
+    _check_engine(lm, method, settings)
 
 
-def check_engine(lm: Any, method: Any, settings: Decoding) -> None:
+def _check_engine(lm: Any, method: Any, settings: Decoding) -> None:
     """Raise `UsageError` for what needs every token's probability, on an engine that completes only: it draws from its
     own p, and tells the likeliest tokens."""
     if not getattr(lm, "completes_only", False):

@@ -17,7 +17,6 @@ from dts.decoding import (
     as_scorer,
     check_arguments,
     check_budget,
-    check_engine,
     check_prompt,
     encoded,
     target_of,
@@ -104,8 +103,7 @@ def decode_many(
         max_new_tokens, min_new_tokens, temperature, top_k, top_p, as_stops(stop), seed, width, logits_processor,
         require_eos, constraint, constraint_mode,
     )  # fmt: skip
-    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
-    check_engine(lm, method, settings)
+    check_arguments(lm, method, max_kv_bytes, budget, on_rollout, settings)
     _check_choices(prompts, errors, total_budget)
     source = Source(
         lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
