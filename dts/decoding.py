@@ -114,10 +114,10 @@ def check_arguments(
     if on_rollout is not None:
         check_callable("on_rollout", on_rollout, "a function of one rollout, or None")
     check_constraint(settings.constraint, lm)
-    _check_engine(lm, method, settings)
+    check_engine(lm, method, settings)
 
 
-def _check_engine(lm: Any, method: Any, settings: Decoding) -> None:
+def check_engine(lm: Any, method: Any, settings: Decoding) -> None:
     """Raise `UsageError` for what needs every token's probability, on an engine that completes only: it draws from its
     own p, and tells the likeliest tokens."""
     if not getattr(lm, "completes_only", False):

@@ -17,6 +17,7 @@ from dts.decoding import (
     as_scorer,
     check_arguments,
     check_budget,
+    check_engine,
     check_prompt,
     encoded,
     target_of,
