@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts.errors import DTSError, UnavailableError, UsageError
+from dts.settings import check_whole
 
 if TYPE_CHECKING:
     from dts.doors.app import Service
@@ -86,6 +87,7 @@ def service_of(options: argparse.Namespace) -> Service:
     from dts.doors.app import Service
     from dts.doors.worker import Worker
 
+    check_whole("--port", options.port, 0, 65535, allowed="a port from 0 to 65535")
     limits, key = limits_of(options), key_from(os.environ.get(KEY), options.host)
     rewards = {} if options.rewards is None else rewards_of(Path(options.rewards))
     lm = dts.load(options.model, device=options.device, dtype=options.dtype)
