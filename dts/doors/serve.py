@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY = "DTS_SERVE_KEY"
+# Seconds, for uvicorn. Clients give up an idle connection after 5, and whoever closes first must be the client: a
+# request that is sent while the server closes is lost.
+CONNECTIONS: dict[str, Any] = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 5}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from dts.doors.app import build_app
 
-    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=5)
+    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info", **CONNECTIONS)
     return 0
 
 
