@@ -12,6 +12,7 @@ import uvicorn
 
 from dts.doors.app import Service, build_app
 from dts.doors.bodies import Limits
+from dts.doors.serve import CONNECTIONS
 from dts.doors.worker import Worker
 
 
@@ -38,7 +39,7 @@ def serving(
     limits = limits or Limits(seconds=600)
     worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens)
     app = build_app(Service(worker, "tiny", rewards, limits, key))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **CONNECTIONS))
     started = threading.Event()
     startup = server.startup
 

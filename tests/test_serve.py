@@ -23,7 +23,7 @@ from training_models import tiny_pair
 import dts
 from dts.doors.answers import tokens_of
 from dts.doors.bodies import CompletionBody, Limits, asked_for, parsed
-from dts.doors.serve import build_parser, key_from, limits_of, rewards_of
+from dts.doors.serve import build_parser, key_from, limits_of, rewards_of, service_of
 from dts.doors.worker import Job, Stopped, Worker
 from dts.results import Rollout
 from dts.search import BestOfN, Greedy, MaxEnt, Sampling
@@ -341,6 +341,12 @@ def test_the_time_limit_ends_a_search_with_what_it_has_or_says_that_there_is_not
         assert reply.status_code == 503 and "time limit" in reply.json()["error"]["message"]
 
 
+def test_a_completion_without_a_length_keeps_to_a_lower_limit(lm):
+    body = parsed(CompletionBody, b'{"model": "tiny", "prompt": "ab"}')
+    assert asked_for(body, {}, Limits()).new_tokens == 16
+    assert asked_for(body, {}, Limits(new_tokens=5)).new_tokens == 5
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_the_search(lm, stream):
     gate = Gate()
@@ -398,6 +404,8 @@ def test_options_become_limits_and_bad_ones_are_refused():
     assert limits_of(build_parser().parse_args([])) == Limits()
     with pytest.raises(dts.UsageError, match="the limit of seconds is 0"):
         limits_of(build_parser().parse_args(["--max-seconds", "0"]))
+    with pytest.raises(dts.UsageError, match="--port=70000"):
+        service_of(build_parser().parse_args(["--port", "70000", "--model", "nowhere"]))
 
 
 def test_a_key_is_optional_and_a_server_without_one_beyond_this_machine_is_warned_of(caplog):

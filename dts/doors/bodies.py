@@ -85,8 +85,8 @@ class CompletionBody(Body):
             return [self.prompt]  # one text, or the ids of one
         return list(self.prompt)  # type: ignore[arg-type]  # texts, or ids of several
 
-    def limit(self) -> int | None:
-        return LEGACY_TOKENS if self.max_tokens is None else self.max_tokens
+    def limit(self, most: int) -> int | None:
+        return min(LEGACY_TOKENS, most) if self.max_tokens is None else self.max_tokens
 
     def log_probs(self) -> bool:
         if self.logprobs:
@@ -110,7 +110,7 @@ class ChatBody(Body):
             raise UsageError("messages is empty: give at least one message")
         return [self.messages]
 
-    def limit(self) -> int | None:
+    def limit(self, most: int) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def log_probs(self) -> bool:
@@ -170,7 +170,7 @@ def asked_for(body: Any, rewards: Mapping[str, AnyReward], limits: Limits) -> As
     prompts = body.prompts()
     if not 0 < len(prompts) <= limits.prompts:
         raise UsageError(f"prompt holds {len(prompts)} prompts; give 1 to {limits.prompts}")
-    new_tokens = body.limit()
+    new_tokens = body.limit(limits.new_tokens)
     if new_tokens is not None:
         _within("max_tokens", new_tokens, 1, limits.new_tokens)
     plain = body.method is None and body.reward is None

@@ -70,6 +70,8 @@ class SearchLM(HFLM):
         self._searched: HFModel = dts.load(
             pretrained, device=device, dtype=None if dtype == "auto" else dtype, trust_remote_code=trust_remote_code
         )
+        if getattr(self._searched, "model", None) is None:
+            raise UsageError(f"pretrained={shown(pretrained)} is no model in this process, which likelihoods need")
         super().__init__(
             pretrained=self._searched.model, tokenizer=self._searched.tokenizer, max_batch_size=max_batch_size,
             trust_remote_code=trust_remote_code, **options,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dts.errors import DTSError, UnavailableError, UsageError
+from dts.settings import check_whole
 
 if TYPE_CHECKING:
     from dts.doors.app import Service
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY = "DTS_SERVE_KEY"
+# Seconds, for uvicorn. Clients give up an idle connection after 5, and whoever closes first must be the client: a
+# request that is sent while the server closes is lost.
+CONNECTIONS: dict[str, Any] = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 5}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from dts.doors.app import build_app
 
-    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=5)
+    uvicorn.run(build_app(service), host=options.host, port=options.port, log_level="info", **CONNECTIONS)
     return 0
 
 
@@ -86,6 +90,7 @@ def service_of(options: argparse.Namespace) -> Service:
     from dts.doors.app import Service
     from dts.doors.worker import Worker
 
+    check_whole("--port", options.port, 0, 65535, allowed="a port from 0 to 65535")
     limits, key = limits_of(options), key_from(os.environ.get(KEY), options.host)
     rewards = {} if options.rewards is None else rewards_of(Path(options.rewards))
     lm = dts.load(options.model, device=options.device, dtype=options.dtype)
