@@ -72,8 +72,7 @@ def decode(
     max_new_tokens, batch_size = settings.max_new_tokens, settings.batch_size
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout, constraint)
     check_engine(lm, method, settings)
-    scorer = as_scorer(reward)
-    prompt_ids = encoded(lm, prompt, chat_template_kwargs)
+    scorer, prompt_ids = as_scorer(reward), encoded(lm, prompt, chat_template_kwargs)
     check_prompt(lm, prompt_ids, max_new_tokens)
     width = batch_size or min(method.batch_size(), lm.batch_limit(len(prompt_ids), max_new_tokens, max_kv_bytes))
     context = Context(prompt, tuple(prompt_ids), lm.decode)

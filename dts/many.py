@@ -112,8 +112,8 @@ def decode_many(
         chat_template_kwargs, on_rollout, target_of(method),
     )  # fmt: skip
     engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
-    bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
-    return Results(source, engine, bar, as_completed=as_completed, keep_errors=errors == "return")
+    bar, keep_errors = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress), errors == "return"
+    return Results(source, engine, bar, as_completed=as_completed, keep_errors=keep_errors)
 
 
 def _bar(count: int | None, progress: bool) -> Callable[[], tqdm[Any]]:
