@@ -7,7 +7,8 @@ Best-of-N sets the goal, its best reward, and the budget, its tokens. Each arm s
 spent the budget; the ratio is best-of-N's tokens over its own, 1 where the goal was not reached. Tokens of tails are
 all that the engine computed, those that no path walked on included.
 
-`steps` is the search as it is. `tails` asks an engine for whole tails (`of 16`: of 16 tokens at most); its draws have
+`steps` is the search as it is. `tails` asks an engine for whole tails (`of 16`: of 16 tokens at most; `adaptive`: as
+many as are walked on, the default); its draws have
 the distribution that the search wants, at the price of tails that are left. `plain`: without look-ahead, so a tail is
 always taken as it was drawn. Rewards are those of the study (`keyword`, `har`, `m4`) and of finished texts. One JSON
 line a prompt and arm; the same command continues after the groups (reward, method and arm) that it has finished.
@@ -36,10 +37,11 @@ PLAIN = {"lookahead": 0}
 ARMS: dict[str, tuple[int | None, dict[str, Any]]] = {  # tokens of a tail; 0: steps
     "steps": (0, {}),
     "steps, plain": (0, PLAIN),
-    "tails": (None, {}),
+    "tails": (1000, {}),
+    "tails, adaptive": (None, {}),
     "tails of 16": (16, {}),
     "tails of 8": (8, {}),
-    "tails, plain": (None, PLAIN),
+    "tails, plain": (1000, PLAIN),
     "tails of 16, plain": (16, PLAIN),
     "tails of 8, plain": (8, PLAIN),
 }

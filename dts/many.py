@@ -111,12 +111,12 @@ def decode_many(
         chat_template_kwargs, on_rollout, target_of(method),
     )  # fmt: skip
     engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
-    bar = _bar(len(prompts) if isinstance(prompts, Sized) else None, progress)
-    return Results(source, engine, bar, as_completed=as_completed, keep_errors=errors == "return")
+    return Results(source, engine, _bar(prompts, progress), as_completed=as_completed, keep_errors=errors == "return")
 
 
-def _bar(count: int | None, progress: bool) -> Callable[[], tqdm[Any]]:
+def _bar(prompts: Any, progress: bool) -> Callable[[], tqdm[Any]]:
     """A progress bar, shown once the first result is asked for."""
+    count = len(prompts) if isinstance(prompts, Sized) else None
     return lambda: tqdm(total=count, unit="prompt", disable=not progress)
 
 

@@ -23,11 +23,14 @@ V, H = 5, 4
 CASE = instance(3, vocab_size=4, horizon=3)  # 85 sequences
 
 
-def engine(lm=CASE.lm, *, top=2, segment=None, horizon=H):
+WHOLE = 1000  # tokens of a tail: more than any text has
+
+
+def engine(lm=CASE.lm, *, top=2, segment=WHOLE, horizon=H):
     return EngineModel(Stepwise(lm, max_new_tokens=horizon), lm, "engine", top=top, segment=segment)
 
 
-@pytest.mark.parametrize(("top", "segment"), [(2, None), (1, 2), (4, 1)])
+@pytest.mark.parametrize(("top", "segment"), [(2, WHOLE), (1, 2), (4, 1)])
 def test_samples_have_the_models_distribution(top, segment):
     """One sample a search, so each is made of drafts, and of draws among unlisted tokens."""
     lm, draws = engine(top=top, segment=segment), 300
@@ -55,7 +58,7 @@ def test_kept_and_replaced_drafts_together_are_draws_from_the_weights():
     assert found.numpy() == pytest.approx((weights / weights.sum()).numpy(), abs=1e-3)
 
 
-@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize("segment", [WHOLE, None, 2])
 @pytest.mark.parametrize("top", [1, 3])
 def test_the_whole_space_is_finished_once_each_and_leaves_nothing_to_estimate(top, segment):
     lm = engine(top=top, segment=segment)
@@ -120,6 +123,22 @@ def test_a_tail_that_the_search_leaves_is_counted_as_forwarded_only():
     assert result.usage.forwarded_tokens == made.engine._prompts[(1,)].session.usage.forwarded_tokens
     assert result.usage.forwarded_tokens > result.usage.unique_tokens
     assert result.best.reward == 1.0
+
+
+def noted(complete, limits):
+    """The same, and the tokens that each request asks for are added to `limits`."""
+    return lambda requests: limits.extend(request.limit for request in requests) or complete(requests)
+
+
+def test_tails_become_as_long_as_searches_walk_on_them():
+    lm = TableModel(random_logits(40, 1), 40, eos=None)
+    asked = {}
+    for method, reward in ((BestOfN(12), None), (MaxEnt(9, search="best"), Paid(2))):
+        made = engine(lm, top=40, segment=None, horizon=64)
+        made.engine.complete = noted(made.engine.complete, asked.setdefault(method.name, []))
+        dts.decode(made, [1], method=method, reward=reward, max_new_tokens=64, batch_size=4, seed=0)
+    assert asked["best-of-n"][1] == 8 and max(asked["best-of-n"]) == 63  # whole after the first token
+    assert set(asked["maxent-star"][1:]) >= {8, 4} and np.mean(asked["maxent-star"]) < 8
 
 
 def test_many_prompts_get_what_each_gets_alone():

@@ -25,6 +25,7 @@ from dts.errors import ModelError
 from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
 from dts.results import Usage
 from dts.rewards import Prompt
+from dts.settings import LARGEST
 
 UNLISTED = 1e-6  # mass below which a row is taken to list everything; log-probabilities of float32 are no better
 TOO_MUCH = 1e-2  # above 1, of a row's sum: it is no distribution
@@ -59,7 +60,8 @@ class EngineModel:
     completes_only = True
 
     def __init__(self, engine: Completer, texts: Texts, name: str, *, top: int, segment: int | None = None) -> None:
-        """top: tokens that a row lists. segment: tokens of a tail at most; None for whole tails."""
+        """top: tokens that a row lists. segment: tokens of a tail at most; None: as many as searches walk on
+        (`_Length`)."""
         self.engine, self.texts, self.name = engine, texts, name
         self.top, self.segment = min(top, engine.max_top, texts.vocab_size), segment
         self.tokenizer = getattr(texts, "tokenizer", None)
@@ -144,6 +146,26 @@ class _Prefix:
 
 
 @dataclass(slots=True)
+class _Length:
+    """How many tokens to ask for: twice as many after tails that were walked on nearly to their ends, half as many
+    after such that were left before their middle. Samples get whole tails soon; a search that often leaves them wastes
+    few tokens."""
+
+    tokens: int = 8
+    stored: int = 0  # tokens of the last tails that could be walked on
+    walked: int = 0
+
+    def next(self) -> int:
+        """For the next tails, which are asked for together."""
+        if self.stored:
+            share = self.walked / self.stored
+            self.tokens = max(4, self.tokens // 2) if share < 0.5 else self.tokens * (1 + (share > 0.75))
+            self.tokens = min(self.tokens, LARGEST)
+        self.stored = self.walked = 0
+        return self.tokens
+
+
+@dataclass(slots=True)
 class _Counted:
     """Requests, for their seeds."""
 
@@ -163,7 +185,7 @@ class TailSession:
         self._lm, self._prompt, self._longest = lm, prompt, max_new_tokens
         self._prefixes = [_Prefix(PROMPT_SLOT, -1, 0, dict(opened.rows[0]))]  # by slot
         self._slots: dict[tuple[int, int], int] = {}  # by parent slot and token
-        self._seeds = _Counted()
+        self._seeds, self._length = _Counted(), _Length()
         self.usage = Usage(prompt_tokens=len(prompt), cached_tokens=max(0, len(prompt) - opened.computed))
         self.usage.forwarded_tokens = self.usage.unique_tokens = opened.computed
         self.usage.model_calls = 1
@@ -190,7 +212,9 @@ class TailSession:
         self._seeds = _Counted(seed, self._seeds.count)
 
     def stored(self, slot: int, token: int) -> int | None:
-        return self._slots.get((slot, token))
+        found = self._slots.get((slot, token))
+        self._length.walked += found is not None
+        return found
 
     def draft(self, slot: int) -> int | None:
         return self._prefixes[slot].draft
@@ -210,7 +234,7 @@ class TailSession:
     def fork(self) -> TailSession:
         other = copy.copy(self)
         other._prefixes, other._slots = list(map(copy.copy, self._prefixes)), dict(self._slots)
-        other._seeds = copy.copy(self._seeds)
+        other._seeds, other._length = copy.copy(self._seeds), copy.copy(self._length)
         return other
 
     def _unlisted(self, listed: Sequence[int], row: Mapping[int, float]) -> float:
@@ -218,10 +242,16 @@ class TailSession:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def request(self, parent: int, token: int) -> TailRequest:
-        """For what follows a new token after a slot."""
-        left = self._longest - self._prefixes[parent].depth - 1
-        return self._request(parent, max(1, min(left, self._lm.segment or left)), token)
+    def requests(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], TailRequest]:
+        """For what follows tokens after slots, (slot, token) each, as far as it is not stored."""
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._slots]
+        most = (self._lm.segment or self._length.next()) if missing else 0
+        left = {pair: self._longest - self._prefixes[pair[0]].depth - 1 for pair in missing}
+        return {pair: self._request(pair[0], max(1, min(left[pair], most)), pair[1]) for pair in missing}
+
+    def slot(self, parent: int, token: int) -> int:
+        """Of a token after a slot, which is stored."""
+        return self._slots[parent, token]
 
     def _request(self, slot: int, limit: int, *more: int, barred: tuple[int, ...] = ()) -> TailRequest:
         tokens = (*self._tokens(slot), *more)
@@ -235,16 +265,15 @@ class TailSession:
             slot = self._prefixes[slot].parent
         return tokens[::-1]
 
-    def adopt(self, parent: int, token: int, request: TailRequest, tail: Tail) -> int:
-        """Store a new token after a slot and what the engine drew after it. Returns the token's slot."""
+    def adopt(self, parent: int, token: int, request: TailRequest, tail: Tail) -> None:
+        """Store a new token after a slot and what the engine drew after it."""
         self._count(request, tail)
-        first = len(self._prefixes)
+        self._length.stored += len(tail.tokens) - 1
         for after, drawn, row in zip((token, *tail.tokens), tail.tokens, tail.rows, strict=False):
             slot = len(self._prefixes)
             self._prefixes.append(_Prefix(parent, after, self._prefixes[parent].depth + 1, dict(row), drawn))
             self._slots[parent, after] = slot
             parent = slot
-        return first
 
     def _count(self, request: TailRequest, tail: Tail) -> None:
         usage = self.usage
@@ -267,19 +296,17 @@ def _unbarred(tail: Tail, request: TailRequest, log_left: float) -> float:
 
 def extend_all(lm: EngineModel, asked: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
     """`Session.extend` of several sessions of tails: what is not stored is asked for together."""
-    missing: dict[tuple[TailSession, int, int], TailRequest] = {}
     sessions = [session for session, _, _ in asked if isinstance(session, TailSession)]
-    for session, (_, parents, tokens) in zip(sessions, asked, strict=True):
-        for parent, token in zip(parents, tokens, strict=True):
-            if session.stored(parent, token) is None:
-                missing[session, parent, token] = session.request(parent, token)
-    tails = lm.complete(list(missing.values()))
-    for ((session, parent, token), request), tail in zip(missing.items(), tails, strict=True):
-        session.adopt(parent, token, request, tail)
-    return [
-        [slot for pair in zip(parents, tokens, strict=True) if (slot := session.stored(*pair)) is not None]
-        for session, (_, parents, tokens) in zip(sessions, asked, strict=True)
+    pairs = [list(zip(parents, tokens, strict=True)) for _, parents, tokens in asked]
+    missing = [
+        (session, pair, request)
+        for session, wanted in zip(sessions, pairs, strict=True)
+        for pair, request in session.requests(wanted).items()
     ]
+    tails = lm.complete([request for _, _, request in missing])
+    for (session, pair, request), tail in zip(missing, tails, strict=True):
+        session.adopt(*pair, request, tail)
+    return [[session.slot(*pair) for pair in wanted] for session, wanted in zip(sessions, pairs, strict=True)]
 
 
 @dataclass(slots=True)

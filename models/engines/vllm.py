@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +19,13 @@ class InProcess:
         """source: a folder or hub id. options: of `vllm.LLM`."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
-            from vllm import LLM, SamplingParams
+            vllm = importlib.import_module("vllm")
         except ImportError as error:
             raise UnavailableError(
                 f"vllm:{source} needs vLLM ({error}); run: pip install vllm, in an environment of its own"
             ) from error
         given = {"max_logprobs": -1, "enable_prefix_caching": True, "generation_config": "vllm", **options}
-        self.llm, self._params = LLM(model=source, **given), SamplingParams
+        self.llm, self._params = vllm.LLM(model=source, **given), vllm.SamplingParams
 
     @property
     def max_top(self) -> int:
