@@ -54,7 +54,7 @@ def _overlap(given: Sequence[Any], wanted: Sequence[Any]) -> float:
     return (Counter(given) & Counter(wanted)).total() / max(len(given), len(wanted), 1)
 
 
-def _sorted(answer: str, given: Sequence[Any], words: Sequence[Any], descending: bool) -> float:
+def _sorted(given: Sequence[Any], words: Sequence[Any], descending: bool) -> float:
     """A half for the elements, a half for neighbours in order."""
     pairs = [(b, a) if descending else (a, b) for a, b in pairwise(words)]
     order = sum(a <= b for a, b in pairs) / len(pairs) if pairs else 0.0
@@ -63,12 +63,12 @@ def _sorted(answer: str, given: Sequence[Any], words: Sequence[Any], descending:
 
 def number_sorting(inputs: Inputs, answer: str) -> float:
     given = [Fraction(number) for number in inputs["original_numbers"]]
-    return _sorted(answer, given, _numbers(answer), inputs["direction"] == "descending")
+    return _sorted(given, _numbers(answer), inputs["direction"] == "descending")
 
 
 def word_sorting(inputs: Inputs, answer: str) -> float:
     words = [word.strip() for word in answer.split(",")]
-    return _sorted(answer, inputs["transformed_words"], words, inputs["direction"] == "descending")
+    return _sorted(inputs["transformed_words"], words, inputs["direction"] == "descending")
 
 
 def palindrome_generation(inputs: Inputs, answer: str) -> float:
