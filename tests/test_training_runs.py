@@ -446,7 +446,7 @@ def test_the_parts_of_a_step_add_up(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     clock = progress.Clock()
-    clock.start()
+    clock.begin([{"num_tokens": 150}, {}])
     now[0] = 8.0
     clock.before_update()
     now[0] = 9.5
@@ -455,9 +455,9 @@ def test_the_parts_of_a_step_add_up(monkeypatch):
     found = clock.figures({"time_draw": 3.0, "time_score": 0.5, "sampled_tokens": 80})
     assert found == {"time_update": 1.5, "time_loss": 5.0, "time_tokens_per_second": 8.0}
     now[0] = 100.0  # a checkpoint is no part of the next step
-    clock.start()
+    clock.go_on()
     now[0] = 110.0
-    assert clock.figures({"num_tokens": 50})["time_tokens_per_second"] == 5.0
+    assert clock.figures({"num_tokens": 200})["time_tokens_per_second"] == 5.0
     assert clock.left(3) == 30.0
 
 

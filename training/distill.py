@@ -21,6 +21,7 @@ from dts.search import MaxEnt
 from dts.training.config import DistillSettings, TrainConfig
 from dts.training.data import Row
 from dts.training.grpo import distinct_prompts, fitting
+from dts.training.health import Meter
 from dts.training.kept import TREES, kept
 from dts.training.nodetargets import Taught, mean_kl, node_losses, search_trees, taught_from
 from dts.training.parts import Parts
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 
 
 class NodeTargets:
-    """`Objective`: KL of the policy from each tree's targets, weighted by the share of pi* that comes by."""
+    """`Objective`: KL of the policy from each tree's targets, weighted by the share of pi* that comes by. The trees are
+    given, of the start of the run."""
 
     def __init__(self, settings: DistillSettings) -> None:
         self._settings = settings
@@ -40,33 +42,15 @@ class NodeTargets:
         return examples
 
     def loss(self, trainer: TreeTrainer, model: Any, ready: Taught) -> torch.Tensor:
-        logits, reference = self._logits(trainer, model, ready)
-        return self._loss(trainer, ready, logits, reference, reference)
-
-    def _logits(self, trainer: TreeTrainer, model: Any, taught: Taught) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, reference = trainer.both(model, taught.packed)
-        return logits / self._settings.temperature, reference / self._settings.temperature
-
-    def _loss(
-        self, trainer: TreeTrainer, taught: Taught, logits: torch.Tensor, searched: torch.Tensor, start: torch.Tensor
-    ) -> torch.Tensor:
-        """searched, start: logits of the model that the tree was searched with, and of the start of the run."""
-        settings, meter = self._settings, trainer.meter
-        weights = torch.tensor(taught.weights, device=logits.device)
-        loss = (weights * node_losses(logits, searched, taught.nats)).sum()
-        meter.observe("target_kl", loss.item())
-        kl = (weights * mean_kl(logits, start)).sum()
-        meter.observe("kl_to_start", kl.item())
-        meter.add("tree_tokens", len(taught.packed.prompt_ids) + len(taught.packed.tokens))
-        return loss + settings.reward_scale * settings.kl_coeff * kl
+        logits, start = (part / self._settings.temperature for part in trainer.both(model, ready.packed))
+        return target_loss(self._settings, trainer.meter, ready, logits, start, start)
 
 
-class FreshTargets(NodeTargets):
-    """`NodeTargets` of trees that are searched with the policy as it is at the step."""
+class FreshTargets:
+    """As `NodeTargets`, of trees that are searched with the policy as it is at the step."""
 
     def __init__(self, settings: DistillSettings, reward: Reward) -> None:
-        super().__init__(settings)
-        self._reward = reward
+        self._settings, self._reward = settings, reward
 
     def prepare(self, trainer: TreeTrainer, examples: Sequence[Prompt]) -> Sequence[Taught]:
         lm, meter = trainer.lm, trainer.meter
@@ -80,8 +64,23 @@ class FreshTargets(NodeTargets):
         return trees
 
     def loss(self, trainer: TreeTrainer, model: Any, ready: Taught) -> torch.Tensor:
-        logits, start = self._logits(trainer, model, ready)
-        return self._loss(trainer, ready, logits, logits.detach(), start)
+        logits, start = (part / self._settings.temperature for part in trainer.both(model, ready.packed))
+        return target_loss(self._settings, trainer.meter, ready, logits, logits.detach(), start)
+
+
+def target_loss(
+    settings: DistillSettings, meter: Meter, taught: Taught, logits: torch.Tensor, searched: torch.Tensor,
+    start: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """The loss of a tree. logits: of the policy; searched, start: of the model that the tree was searched with, and of
+    the start of the run, [rows, V] each, at the temperature."""
+    weights = torch.tensor(taught.weights, device=logits.device)
+    loss = (weights * node_losses(logits, searched, taught.nats)).sum()
+    meter.observe("target_kl", loss.item())
+    kl = (weights * mean_kl(logits, start)).sum()
+    meter.observe("kl_to_start", kl.item())
+    meter.add("tree_tokens", len(taught.packed.prompt_ids) + len(taught.packed.tokens))
+    return loss + settings.reward_scale * settings.kl_coeff * kl
 
 
 def searches(

@@ -118,8 +118,8 @@ def _grouped(config: TrainConfig, prompts: int, prompt: float) -> Work:
     drawn = round(prompt + tails + (settings.search_rollouts * length if searched else 0))
     calls = length * (1 + searched * math.ceil(settings.search_rollouts / 8))
     if settings.groups == "tree":
-        sequence, width = round(prompt + TREE_SHARE * tails), 1
-        drawn = sequence
+        drawn = sequence = round(prompt + TREE_SHARE * tails)
+        width = 1.0
     else:
         sequence, width = round(settings.n_generations * (prompt + length)), size / settings.n_generations
     trained = steps * groups * sequence

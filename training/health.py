@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
         self._clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._clock.start()
+        self._clock.begin(state.log_history)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._clock.before_update()
@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name_base(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._base, kwargs["model"])
-        self._clock.start()
+        self._clock.go_on()
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -21,8 +21,13 @@ class Clock:
         self._tokens = 0.0  # that TRL had counted before this step
         self._seconds, self._steps = 0.0, 0
 
-    def start(self) -> None:
-        """Before the first step, and after a checkpoint."""
+    def begin(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Before the first step; history: of the steps before a resume."""
+        self._tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0.0)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """After what is no part of a step, such as a checkpoint."""
         self._mark = time.perf_counter()
 
     def before_update(self) -> None:

@@ -43,7 +43,7 @@ class Numbers(Dataset[int]):
 class Objective(Protocol):
     """What is trained for."""
 
-    def prepare(self, trainer: TreeTrainer, examples: Sequence[Any]) -> Sequence[Any]:
+    def prepare(self, trainer: TreeTrainer, examples: Any) -> Sequence[Any]:
         """What the losses of an optimizer step are taken on: of each of its examples, before the first pass."""
 
     def loss(self, trainer: TreeTrainer, model: Any, ready: Any) -> torch.Tensor:

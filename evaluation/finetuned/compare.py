@@ -225,7 +225,7 @@ def _analyse(
     for name, seeds in sampled.items():
         log.info("measuring %s", name)
         values[name] = table([[yardstick.measure(i, r) for i, r in zip(items, own, strict=True)] for own in seeds])
-        values[name] |= (known or {}).get(name, {})
+        values[name] = {**values[name], **(known or {}).get(name, {})}
     pairs = [pair for pair in pairs if set(pair) <= set(sampled)]
     contrasts = {comparison.pair_name((a, b)): comparison.contrast(values[a], values[b], clusters) for a, b in pairs}
     judging = _judge(judge, sampled, items, pairs, contrasts, settings.judge_items)
@@ -247,7 +247,8 @@ def _scored(source: Source, sampled: Sampled, items: Sequence[Item], settings: C
     import dts
     from dts.evaluation.finetuned.hacking import likelihoods
 
-    start, found = dts.load(source) if isinstance(source, str) else source, {}
+    start = dts.load(source) if isinstance(source, str) else source
+    found: dict[str, Values] = {}
     for name, seeds in sampled.items():
         log.info("scoring %s with %s", name, start.name)
         rows = list(likelihoods(start, items, seeds, settings.temperature))

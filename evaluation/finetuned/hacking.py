@@ -41,7 +41,8 @@ def log_probs(
     """log p of each token sequence after a prompt, at the temperature and at 1, in nats. One tree."""
     wanted = max(len(ids) for ids in sequences)
     session = lm.open(lm.encode(prompt), batch_size=len(sequences), max_new_tokens=wanted)
-    slots, totals = {(): PROMPT_SLOT}, [[0.0, 0.0] for _ in sequences]
+    slots: dict[tuple[int, ...], int] = {(): PROMPT_SLOT}
+    totals = [[0.0, 0.0] for _ in sequences]
     for depth in range(wanted):
         alive = [index for index, ids in enumerate(sequences) if len(ids) > depth]
         prefixes = list(dict.fromkeys(tuple(sequences[index][:depth]) for index in alive))
