@@ -13,8 +13,9 @@ is power sampling: the target is p^2 exp(lambda r), here without a reward. Metro
 
     python -m dts.evaluation.exact --scale 0 --mass 0.03
 
-is p among the members of a random regular language that has about 3 % of p. "mask" is what masked rows sample from if
-the number of samples has no limit; weighted samples are rejection.
+is p among the members of a random regular language that has about 3 % of p. Every method continues with masked rows of
+p where it has seen nothing; "mask" is what these sample from alone, if the number of samples has no limit. Weighted
+samples are rejection.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ def _asap(case: Instance, rollouts: int, scale: float, seed: int, tokens: int) -
     learnt = (
         case.visited(drawn, scale, 1.0, drawn_by_reward=False)
         if drawn.estimate is not None
-        else case.target(0.0)  # no member was drawn: p among the members, as all that are not seen
+        else np.exp(case.masked - np.logaddexp.reduce(case.masked))  # no member was drawn
     )
-    masked = case.masked() + scale * case.rewards
+    masked = case.masked + scale * case.rewards
     masked = np.exp(masked - np.logaddexp.reduce(masked))
     return {"asap": (drawn, learnt, math.nan), "mask": (drawn, masked, math.nan)}
 

@@ -73,6 +73,11 @@ class Instance:
         """log of p(x)^power 1[x in L] exp(scale r(x)) of each sequence; Z is the sum of these weights."""
         return np.where(self.inside, power * self.log_p + scale * self.rewards, -np.inf)
 
+    def continued(self, power: float = 1.0) -> np.ndarray:
+        """Log-probabilities by which every method continues where it has seen nothing: p^power, or p masked."""
+        return power * self.log_p if self.language is None else self.masked
+
+    @functools.cached_property
     def masked(self) -> np.ndarray:
         """log q(x) of each member: what is sampled where each row of p is masked by the language and normalised."""
         language, log_q = self.language, np.where(self.inside, self.log_p, -np.inf)
@@ -121,11 +126,11 @@ class Instance:
         }
 
     def distribution(self, values: SoftValues) -> np.ndarray:
-        """A tree's estimate of pi* of every sequence, without drawing any. Where the tree ends it continues with p
-        among the members. For a target with a power ask the instance that is `cooled` by it, since the model
+        """A tree's estimate of pi* of every sequence, without drawing any. Where the tree ends it continues with p,
+        masked by the language. For a target with a power ask the instance that is `cooled` by it, since the model
         continues with such rows."""
         log_prob, tree = np.full(len(self.sequences), -np.inf), values.tree
-        log_members = np.where(self.inside, self.log_p, -np.inf)
+        log_next = self.continued()
 
         def fill(prefix: tuple[int, ...], node: int, log_mass: float) -> None:
             first, last, _ = self.ranges[prefix]
@@ -133,7 +138,7 @@ class Instance:
                 log_prob[first] = log_mass
                 return
             children, log_probs, log_rest = values.transitions(node)
-            unseen = log_members[first:last].copy()
+            unseen = log_next[first:last].copy()
             for child in children:
                 start, end, _ = self.ranges[(*prefix, tree.token[child])]
                 unseen[start - first : end - first] = -np.inf
@@ -148,7 +153,7 @@ class Instance:
 
     def weighted_samples(self, result: Result, scale: float, power: float = 1.0) -> tuple[np.ndarray, float]:
         """Importance-weighted independent samples of p: seen sequences at their own weight (0 outside the language),
-        the rest of p at the samples' mean, among the members. Returns the distribution and log Z."""
+        the rest of p at the samples' mean. Returns the distribution and log Z."""
         tokens = [result.tree.tokens(rollout.leaf) for rollout in result.rollouts]
         place, weights, seen = (
             {s: i for i, s in enumerate(self.sequences)},
@@ -157,7 +162,7 @@ class Instance:
         )
         drawn = [weights[place[s]] - self.log_p[place[s]] for s in tokens]
         if max(drawn, default=-math.inf) == -math.inf:  # no member was drawn
-            return _normal(np.where(seen, -np.inf, self.log_weights(0.0))), -math.inf
+            return self._filled(np.zeros(len(seen)), seen, 1.0), -math.inf
         rest = np.logaddexp.reduce(drawn) - math.log(len(drawn)) + np.logaddexp.reduce(self.log_p[~seen])
         known = np.where(seen, weights, -np.inf)
         log_z = float(np.logaddexp.reduce([rest, *known]))
@@ -168,15 +173,16 @@ class Instance:
         return np.array([s in known for s in self.sequences])
 
     def _filled(self, estimate: np.ndarray, seen: np.ndarray, power: float) -> np.ndarray:
-        """What the estimate lacks to 1 is spread over members that were not seen, as p^power spreads it."""
-        outside = np.where(seen, 0.0, np.exp(self.log_weights(0.0, power)))
+        """What the estimate lacks to 1 is spread over members that were not seen, as p^power spreads it, or p masked by
+        the language."""
+        outside = np.where(seen, 0.0, np.exp(self.continued(power)))
         if outside.sum() > 0:
             estimate = estimate + max(1 - estimate.sum(), 0.0) * outside / outside.sum()
         return estimate / estimate.sum()
 
     def visited(self, result: Result, scale: float, power: float, *, drawn_by_reward: bool = True) -> np.ndarray:
         """An estimate of p^power exp(lambda r) by the frequencies of `result.shares`: seen sequences at their own
-        weight; the rest is as p^power and has the share of the draws that came only once (Good and Turing).
+        weight; the rest (`continued`) has the share of the draws that came only once (Good and Turing).
         drawn_by_reward: False where the draws do not know the reward, so that they are weighted by it."""
         shares = {result.tree.tokens(leaf): share for leaf, share in result.shares.items()}
         least, rewards = min(shares.values()), {c.token_ids: c.reward for c in result.completions}
@@ -190,7 +196,7 @@ class Instance:
 
     def with_known(self, result: Result, scale: float, log_z: float, power: float = 1.0) -> np.ndarray:
         """Any estimate of Z turned into a distribution: seen sequences at their own weight, the rest of Z spread as p
-        spreads it over members that were not seen."""
+        spreads it over what was not seen (`continued`)."""
         seen = self._seen(c.token_ids for c in result.completions)
         known = np.where(seen, self.log_weights(scale, power), -np.inf)
         return self._filled(np.exp(known - max(log_z, float(np.logaddexp.reduce(known)))), seen, power)
