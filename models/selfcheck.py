@@ -25,7 +25,7 @@ from dts.models.treecache import Place
 from dts.models.view import ModelView, Way
 
 # In logits. A SmolLM2 after some training is apart by 5e-3 in float32 and by 2e-4 in float64 (its norms are computed in
-# float32): large activations amplify rounding. A mask that is wrong is apart by 1 and more.
+# float32): large activations amplify rounding.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.25
 PROMPT, TAIL, PIECE = 3, 3, 2  # tokens of the check's prompt, of each of its two branches, of a piece of the prompt
