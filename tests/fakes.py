@@ -26,6 +26,7 @@ class FakeSpec:
     name: str
     color: str
     source: str = "nowhere/fake"
+    kind: str = "hub"
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A loaded fake is its own model."""

@@ -84,11 +84,15 @@ def test_every_dependency_is_pinned_within_its_range():
     assert len(versions) == len(pins) and not any("+" in version for version in versions.values())
     described = project()
     extras = described["optional-dependencies"]
-    tested = [text for name in ("constraints", "dev", "ray", "serve", "tensorboard", "train") for text in extras[name]]
+    tested = [
+        text
+        for name in ("constraints", "dev", "engines", "ray", "serve", "tensorboard", "train")
+        for text in extras[name]
+    ]
     for text in [*described["dependencies"], *tested]:
         wanted = Requirement(text)
         if wanted.name == described["name"]:  # its own extras, which are in the list
-            assert wanted.extras == {"constraints", "ray", "serve", "tensorboard", "train"}
+            assert wanted.extras == {"constraints", "engines", "ray", "serve", "tensorboard", "train"}
             continue
         assert wanted.specifier.contains(versions[normal(wanted.name)]), text
 

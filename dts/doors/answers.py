@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from dts.doors.bodies import Asked
@@ -54,7 +54,12 @@ def answer_of(asked: Asked, results: list[Result], *, chat: bool, model: str, de
     picked = [completion for result in results for completion in chosen(result, asked.n, asked.independent)]
     choices = [Choice(index, one, tokens_of(one, decode)) for index, one in enumerate(picked)]
     name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-    return Answer(name, chat, model, int(time.time()), asked, choices, results)
+    return Answer(name, chat, model, now(), asked, choices, results)
+
+
+def now() -> int:
+    """The date of an answer, in seconds since 1970."""
+    return int(datetime.now(timezone.utc).timestamp())
 
 
 def chosen(result: Result, n: int, independent: bool) -> list[Completion]:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from dts.doors.answers import answer_of, as_body, as_stream, event, progress
+from dts.doors.answers import answer_of, as_body, as_stream, event, now, progress
 from dts.doors.bodies import Asked, Body, ChatBody, CompletionBody, Limits, asked_for, parsed
 from dts.doors.choices import AnyReward
 from dts.doors.worker import Busy, Job, Worker, public_error
@@ -45,7 +45,7 @@ class Service:
     rewards: Mapping[str, AnyReward] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     key: str | None = None
-    started: int = field(default_factory=lambda: int(time.time()))
+    started: int = field(default_factory=now)
 
 
 def build_app(service: Service) -> FastAPI:
