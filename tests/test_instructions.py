@@ -161,7 +161,7 @@ def test_token_by_token_gives_the_reward_of_the_whole_text_within_its_bounds(gro
 @pytest.fixture(scope="module")
 def checkers():
     """The checkers of lm-eval, whose import asks for a download, with English for every text's language."""
-    nltk, langdetect = pytest.importorskip("nltk"), pytest.importorskip("langdetect")
+    langdetect, nltk = pytest.importorskip("langdetect"), pytest.importorskip("nltk")  # the missing one costs nothing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nltk, "download", lambda *_, **__: True)
         patch.setattr(langdetect, "detect", lambda text: "en")
