@@ -171,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.mass is not None:
         try:
             cases = [case.among(options.mass, seed) for seed, case in enumerate(cases)]
-        except UsageError as error:
-            parser.error(str(error))
+        except UsageError as fault:
+            parser.error(str(fault))
     if options.scale > 0:
         cases = [far_enough(case, options.scale, options.distance) for case in cases]
     far = [total_variation(np.exp(case.log_p), case.target(options.scale, options.power)) for case in cases]
