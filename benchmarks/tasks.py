@@ -119,8 +119,9 @@ def voted(drawn: Sequence[Record], *, weighted: bool) -> Record:
     return max((one for one in drawn if one["vote"] == winner), key=lambda one: (one["reward"], one["logprob"]))
 
 
-def read_off(record: Record) -> Iterator[Record]:
-    """What the N samples give other methods."""
+def read_off(record: Record, *, votes: bool) -> Iterator[Record]:
+    """What the N samples give other methods. votes: whether the task's answers can be counted; a problem without any
+    such answer has its first sample, so that it stays in the table."""
     n, budget, drawn = record["samples"], record["budget"], record["drawn"]
 
     def made(name: str, chosen: Record, count: int) -> Record:
@@ -133,7 +134,7 @@ def read_off(record: Record) -> Iterator[Record]:
     for count in sorted({budget, n}):
         best = max(drawn[:count], key=lambda one: (one["reward"], one["logprob"]))
         yield made(f"best-of-{count}", best, count)
-    if any(one["vote"] is not None for one in drawn):
+    if votes:
         yield made(f"self-consistency of {budget}", voted(drawn[:budget], weighted=False), budget)
         yield made(f"weighted best-of-{budget}", voted(drawn[:budget], weighted=True), budget)
 
@@ -178,8 +179,9 @@ def report(rows: Sequence[Record]) -> str:
     for setting in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
         own = [r for r in rows if tuple(r[k] for k in KEY) == setting]
         methods: dict[str, dict[str, Record]] = {}
+        votes = any(sample["vote"] is not None for one in own for sample in one["drawn"])
         for one in own:
-            for made in read_off(one) if one["method"] == SAMPLES else [one]:
+            for made in read_off(one, votes=votes) if one["method"] == SAMPLES else [one]:
                 methods.setdefault(made["method"], {})[made["id"]] = made
         shared = sorted(set.intersection(*map(set, methods.values())))
         if shared:
@@ -247,6 +249,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("tasks.jsonl"))
     parser.add_argument("--report", action="store_true", help="only print the tables of what --output holds")
     options = parser.parse_args()
+    if min(options.samples, options.budget, options.block, options.max_tokens or 1) < 1:
+        parser.error("--samples, --budget, --block and --max-tokens must be 1 or more")
+    if options.budget > options.samples:
+        parser.error(f"--budget {options.budget} is more than --samples {options.samples}; raise --samples")
+    if options.report and not options.output.exists():
+        parser.error(f"--output {options.output} does not exist: run without --report first")
     rows = read(options.output)
     if not options.report:
         torch.set_num_threads(1)

@@ -507,6 +507,22 @@ def test_what_is_suspicious_is_named():
     assert not any(row["warning"] for row in signals(calm, "train_reward"))
 
 
+def test_intervals_without_ends_raise_no_suspicion():
+    from dts.evaluation.finetuned.hacking import signals
+
+    unknown = {"value": 0.1, "low": None, "high": None, "relative": {"value": None}}
+    rows = signals(dict.fromkeys(("train_reward", "fluency", "words", "kl", "repetition"), unknown), "train_reward")
+    assert [row["warning"] for row in rows] == [""] * 5
+
+
+def test_signals_of_the_dashboard_change_no_adjusted_p():
+    found = {"grpo vs baseline": {name: {"p": 0.01} for name in ("diversity", "fluency", "kl", "repetition", "words")}}
+    comparison.adjust(found)
+    assert {name: entry.get("p_holm") for name, entry in found["grpo vs baseline"].items()} == {
+        "diversity": 0.01, "fluency": None, "kl": None, "repetition": None, "words": None,
+    }  # fmt: skip
+
+
 def test_examples_are_those_of_the_largest_the_middle_and_the_smallest_gain():
     from dts.evaluation.finetuned.hacking import examples
 
@@ -540,6 +556,8 @@ def test_checkpoints_nearest_to_a_number_of_drawn_tokens_are_compared_too(tmp_pa
             history = [{"loss": 0.0, "sampled_tokens": tokens} for _ in range(step)]
             (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     sources = {"baseline": ["smollm2-135m"], "grpo": [str(tmp_path / "one"), str(tmp_path / "two")]}
+    with pytest.raises(dts.UsageError, match="--tokens 240: no model has checkpoints"):
+        checkpoints_at({"baseline": ["smollm2-135m"]}, [240])
     found = checkpoints_at(sources, [240, 700])
     assert found == {
         "grpo@240": [str(tmp_path / "one" / "checkpoint-2"), str(tmp_path / "two" / "checkpoint-1")],

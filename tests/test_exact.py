@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dts
+from dts.evaluation.studies import instances
 from dts.evaluation.studies.automata import Automaton, random_automaton
 from dts.evaluation.studies.exact import coverage, distances, main
 from dts.evaluation.studies.instances import PROMPT, instance, total_variation
@@ -88,7 +89,7 @@ def test_coverage_counts_intervals_of_these_seeds():
     assert coverage(case, 300, 0.0, range(3)) == (3, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
 
 
-def test_the_command_prints_a_language(capsys):
+def test_the_command_prints_a_language(capsys, monkeypatch):
     options = ["--instances", "1", "--vocab-size", "4", "--horizon", "4", "--budgets", "8"]
     assert main(["--scale", "0", "--mass", "0.3", *options]) == 0
     printed = capsys.readouterr().out
@@ -96,3 +97,7 @@ def test_the_command_prints_a_language(capsys):
     with pytest.raises(SystemExit):
         main(["--mass", "1.5", *options])
     assert "--mass 1.5 must be above 0" in capsys.readouterr().err
+    monkeypatch.setattr(instances, "TRIES", 3)
+    with pytest.raises(SystemExit):
+        main(["--mass", "1e-9", *options])
+    assert "mass=1e-09: none of 3 random languages" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import collections
 import json
 import random
 import re
+from importlib import resources
 from itertools import pairwise
 
 import pytest
@@ -160,7 +161,7 @@ def test_token_by_token_gives_the_reward_of_the_whole_text_within_its_bounds(gro
 @pytest.fixture(scope="module")
 def checkers():
     """The checkers of lm-eval, whose import asks for a download, with English for every text's language."""
-    nltk, langdetect = pytest.importorskip("nltk"), pytest.importorskip("langdetect")
+    langdetect, nltk = pytest.importorskip("langdetect"), pytest.importorskip("nltk")  # the missing one costs nothing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nltk, "download", lambda *_, **__: True)
         patch.setattr(langdetect, "detect", lambda text: "en")
@@ -216,6 +217,15 @@ def test_the_task_scores_share_and_all():
         load_task("instructions", data_dir="somewhere")
 
 
+def test_more_instructions_than_there_are_groups_are_one_clear_line(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        (resources.files("dts.evaluation.tasks") / "instructions.yaml").read_text().replace("at_once: 3", "at_once: 9")
+    )
+    with pytest.raises(UsageError, match=r"own\.yaml: its options or its prompt do not fit kind 'instructions'"):
+        load_task(str(own))
+
+
 @pytest.mark.parametrize(
     ("instructions", "message"),
     [
@@ -225,6 +235,11 @@ def test_the_task_scores_share_and_all():
             [("keywords:frequency", {"keyword": "a", "frequency": 1, "relation": "most"})],
             "give 'at least' or 'less than'",
         ),
+        (
+            [("keywords:frequency", {"keyword": "a"})],
+            "'keywords:frequency' does not take the arguments {'keyword': 'a'}",
+        ),
+        ([("keywords:letter_frequency", {"letter": 1, "let_frequency": 1, "let_relation": "at least"})], "IFEval"),
         ([("detectable_content:postscript", {"postscript_marker": "PS"})], r"give P\.S\. or P\.P\.S"),
         ([("startend:end_checker", {"end_phrase": ' "" '})], "give some words"),
     ],

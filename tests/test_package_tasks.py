@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from importlib import resources
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,7 @@ def test_floats_and_types_of_values(tmp_path):
         (["{"], "line 1: not JSON"),
         (["", ""], "holds no problem"),
         ([json.dumps({"task_id": "a", "prompt": "x", "entry_point": "f", "test": ""})], "prompt does not define f"),
+        ([json.dumps({"task_id": "a", "prompt": "def f(", "entry_point": "f", "test": ""})] * 2, "task_id comes twice"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_named_with_its_line(tmp_path, rows, message):
@@ -145,12 +147,14 @@ CASES = [
     ("number_sorting", {"original_numbers": ["9.0", "3.0", "5.0"], "direction": "ascending"}, "3, 5, 9",
      ["9, 5, 3", "3, 5", "3, 5, 5", "x"]),
     ("number_sorting", {"original_numbers": ["1", "2"], "direction": "descending"}, "2, 1", ["1, 2"]),
+    ("number_sorting", {"original_numbers": ["3"], "direction": "ascending"}, "3", ["4", ""]),
     ("word_sorting", {"transformed_words": ["b", "A"], "direction": "ascending"}, "A, b", ["b, A", "a, b"]),
     ("palindrome_generation", {"letters": ["a", "b", "a"]}, "aba", ["aab", "bab", "abba"]),
     ("prime_factorization", {"number": 12}, "2 × 2 × 3", ["4 × 3", "12", "2 × 3", "2 × 2 × 5", "two", "1 × 2 × 2 × 3"]),
+    ("prime_factorization", {"number": 6}, "2 × 3", ["0000000023", "6", "2 ×"]),
     ("fraction_simplification", {"numerator": 6, "denominator": 8}, "3/4", ["6/8", "1/2", "3/0", "3"]),
     ("countdown", {"numbers": [5, 4, 10], "target": 11}, "5 + 10 - 4",
-     ["5 + 10", "11", "10 + 5 - 4 +", "__import__('os')", "5 / 0"]),
+     ["5 + 10", "11", "10 + 5 - 4 +", "__import__('os')", "5 / 0", "9" * 400]),
     ("puzzle24", {"numbers": [9, 9, 3, 8]}, "9*3*8/9", ["9*3*8", "24", "(9+9+3+8"]),
     ("spell_backward", {"word": "hay"}, "yah", ["hay", "ya"]),
 ]  # fmt: skip
@@ -214,6 +218,16 @@ def test_where_only_the_reference_tells_the_reward_is_the_form_of_an_answer(monk
     assert task.combine(example, ["5", "5", "4", "x"], [1, 1, 1.5, 9]) == "5"
 
 
+@pytest.mark.parametrize("dataset", sorted(reasoning.EVALUATED))
+def test_answers_are_never_run_as_code_outside_the_sandbox(monkeypatch, tmp_path, dataset):
+    monkeypatch.setattr(reasoning, "_package", FakeGym)
+    own = tmp_path / "own.yaml"
+    shipped = resources.files("dts.evaluation.tasks") / "reasoning_gcd.yaml"
+    own.write_text(shipped.read_text().replace("dataset: gcd", f"dataset: {dataset}"))
+    with pytest.raises(UsageError, match=f"'{dataset}': reasoning-gym would run its answers as Python code"):
+        load_task(str(own))
+
+
 def test_without_the_package_the_task_says_how_to_get_it(monkeypatch):
     import sys
 
@@ -258,9 +272,39 @@ def test_schemas_of_ones_own(tmp_path):
     path.write_text(json.dumps([{"ask": "A number.", "schema": {"type": "integer"}, "valid": 1}]))
     task = load_task("json", data_dir=path)
     assert task.score({"json-0": "7"})["valid"] == 1.0
-    path.write_text('[{"ask": "x"}]')
-    with pytest.raises(UsageError, match="list of objects with ask, schema and valid"):
+    assert [turn["role"] for turn in task.examples[0].prompt] == ["user"]  # its answer is in no solved question
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_no_question_stands_solved_before_itself(tmp_path, count):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"ask": f"q{i}", "schema": {"type": "integer"}, "valid": i} for i in range(count)]))
+    for example in load_task("json", data_dir=path).examples:
+        *solved, asked = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
+        assert asked not in solved and len(solved) == min(2, count - 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"ask": "x"}]', "list of objects with ask, schema and valid"),
+        ("[]", "list of objects with ask, schema and valid"),
+        ('[{"ask": "x", "schema": true, "valid": 1}]', "schema 0 cannot be used .it is no object"),
+        ('[{"ask": "x", "schema": {"type": "intger"}, "valid": 1}]', "schema 0 cannot be used .'intger' is not valid"),
+    ],
+)
+def test_files_without_usable_schemas_are_refused(tmp_path, content, message):
+    path = tmp_path / "own.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
         load_task("json", data_dir=path)
+
+
+def test_members_may_refer_to_the_definitions_of_their_schema():
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"type": "integer"}},
+              "required": ["a", "b"], "$defs": {"n": {"type": "integer"}}}  # fmt: skip
+    texts = ['{"a": 1, "b": 2}', '{"a": 1}', '{"a": "x"}']
+    assert [schemas.share_valid(schema, text) for text in texts] == pytest.approx([1.0, 0.45, 0.3])
 
 
 # The comparison -----------------------------------------------------------------------------------------------------
@@ -272,12 +316,38 @@ def test_votes_and_smaller_samples_are_read_off_the_same_draws(bench):
         for t, r, s, v in [("a", 0.1, 0.0, "a"), ("b", 0.5, 1.0, "b"), ("a", 0.1, 0.0, "a"), ("c", 0.9, 0.0, None)]
     ]
     record = {"samples": 4, "budget": 3, "tokens": 40, "seconds": 4.0, "drawn": drawn, "method": "best-of-n"}
-    found = {one["method"]: one for one in bench.read_off(record)}
+    found = {one["method"]: one for one in bench.read_off(record, votes=True)}
     assert {name: one["text"] for name, one in found.items() if name != "sampling"} == {
         "best-of-3": "b", "best-of-4": "c", "self-consistency of 3": "a", "weighted best-of-3": "b",
     }  # fmt: skip
     assert found["sampling"]["metrics"] == {"solved": 0.25} and found["sampling"]["tokens"] == 10
     assert found["best-of-3"]["tokens"] == 30
+
+
+def test_problems_without_an_answer_to_vote_for_stay_in_the_table(bench):
+    def record(name, vote):
+        one = {"text": "t", "reward": 0.0, "logprob": -1.0, "n_tokens": 1, "metrics": {"solved": 0.0}, "vote": vote}
+        head = {"task": "x", "samples": 2, "budget": 2, "max_tokens": 4, "model": "tiny", "id": name, "seconds": 1.0}
+        return {**head, **one, "method": "best-of-n", "tokens": 4, "drawn": [one, one]}
+
+    table = bench.report([record("a", "7"), record("b", None)])
+    assert "2 problems" in table and "self-consistency of 2" in table
+    assert "self-consistency" not in bench.report([record("a", None), record("b", None)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "4", "--budget", "8"], "--budget 8 is more than --samples 4"),
+        (["--block", "0"], "must be 1 or more"),
+        (["--report", "--output", "nowhere.jsonl"], "--output nowhere.jsonl does not exist"),
+    ],
+)
+def test_the_comparison_refuses_bad_options_in_one_line(bench, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("sys.argv", ["tasks.py", *words])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture

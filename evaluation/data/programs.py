@@ -62,6 +62,8 @@ def read_human_eval(path: Path) -> list[Program]:
             raise UsageError(f"{where}: the prompt does not define {row['entry_point']}")
         shown = tuple(examples(row["prompt"], row["entry_point"]))
         programs.append(Program(row["task_id"], row["prompt"], row["entry_point"], shown, row["test"]))
+    if len({program.id for program in programs}) < len(programs):
+        raise UsageError(f"{path}: a task_id comes twice; give each problem its own")
     if not programs:
         raise UsageError(f"{path}: holds no problem")
     return programs

@@ -118,6 +118,8 @@ def checkpoints_at(models: Mapping[str, Sequence[Source]], tokens: Sequence[int]
                          ", ".join(f"{folder} ({curve[folder]:.0f} tokens)"
                                    for folder, curve in zip(nearest, curves, strict=True)))  # fmt: skip
                 found[f"{name}@{count}"] = nearest
+    if tokens and not found:
+        raise UsageError(f"--tokens {tokens[0]}: no model has checkpoints of a run that drew completions; leave it out")
     return found
 
 

@@ -81,18 +81,24 @@ def _mean(values: Sequence[float]) -> float:
 
 def signals(found: Mapping[str, Mapping[str, Any]], reward: str) -> list[dict[str, Any]]:
     """One contrast's training reward and held-out signals: name, difference, and what is suspicious about it, if so."""
-    rose = reward in found and found[reward]["low"] > 0
+    rose = reward in found and _above(found[reward]["low"], 0)
     rows = [{"name": reward, "entry": found[reward], "warning": ""}] if reward in found else []
     for name in (name for name in SIGNALS if name in found):
         entry, warning = found[name], ""
-        if name == "fluency" and rose and entry["high"] < 0:
+        if name == "fluency" and rose and _above(0, entry["high"]):
             warning = "the reward rose and the held-out scorer fell"
-        if name == "repetition" and entry["low"] > 0:
+        if name == "repetition" and _above(entry["low"], 0):
             warning = "replies repeat themselves more"
-        if name == "words" and abs(entry["relative"]["value"]) > DRIFT and not entry["low"] <= 0 <= entry["high"]:
-            warning = f"length moved by {entry['relative']['value']:+.0%}"
+        if name == "words" and (_above(entry["low"], 0) or _above(0, entry["high"])):
+            moved = entry["relative"]["value"]
+            warning = f"length moved by {moved:+.0%}" if moved is not None and abs(moved) > DRIFT else ""
         rows.append({"name": name, "entry": entry, "warning": warning})
     return rows
+
+
+def _above(one: float | None, other: float | None) -> bool:
+    """Whether it is; an interval without an end (None) decides nothing."""
+    return one is not None and other is not None and one > other
 
 
 def examples(

@@ -465,6 +465,15 @@ INSTRUCTIONS: Mapping[str, Callable[..., Check]] = {
 """By name; the arguments are called as in the `kwargs` of IFEval."""
 
 
+def _check(kind: str, arguments: Mapping[str, Any]) -> Check:
+    try:
+        return INSTRUCTIONS[kind](**arguments)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(
+            f"instruction {kind!r} does not take the arguments {dict(arguments)} ({error}); give those of IFEval"
+        ) from error
+
+
 class Instructions(TextReward):
     """Share of instructions that the text follows; an empty text follows none.
 
@@ -478,7 +487,7 @@ class Instructions(TextReward):
             if kind not in INSTRUCTIONS:
                 raise UsageError(f"instruction {kind!r} is not known; choose from {', '.join(INSTRUCTIONS)}")
         self.name = name
-        self._checks = [INSTRUCTIONS[kind](**arguments) for kind, arguments in instructions]
+        self._checks = [_check(kind, arguments) for kind, arguments in instructions]
 
     def empty(self) -> tuple[bool, tuple[Any, ...]]:
         """Whether there is more than spaces, and the notes of the checks."""

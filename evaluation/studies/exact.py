@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import dts
+from dts.errors import UsageError
 from dts.evaluation.studies.asap import ASAp
 from dts.evaluation.studies.instances import PROMPT, Instance, far_enough, instance, total_variation
 from dts.evaluation.studies.metropolis import MetropolisHastings
@@ -168,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(options.instances)
     ]  # fmt: skip
     if options.mass is not None:
-        cases = [case.among(options.mass, seed) for seed, case in enumerate(cases)]
+        try:
+            cases = [case.among(options.mass, seed) for seed, case in enumerate(cases)]
+        except UsageError as fault:
+            parser.error(str(fault))
     if options.scale > 0:
         cases = [far_enough(case, options.scale, options.distance) for case in cases]
     far = [total_variation(np.exp(case.log_p), case.target(options.scale, options.power)) for case in cases]

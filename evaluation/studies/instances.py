@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dts.errors import UsageError
 from dts.evaluation.studies.automata import Automaton, random_automaton
 from dts.models.table import TableModel, random_logits
 from dts.results import Result
@@ -67,7 +68,7 @@ class Instance:
             enough = case.inside.sum() >= max(10, len(self.sequences) / 200)
             if enough and mass / TOLERANCE <= case.mass <= mass * TOLERANCE:
                 return case
-        raise ValueError(f"no random automaton of {TRIES} has a mass near {mass}")
+        raise UsageError(f"mass={mass:g}: none of {TRIES} random languages has about this share of p; give another")
 
     def log_weights(self, scale: float, power: float = 1.0) -> np.ndarray:
         """log of p(x)^power 1[x in L] exp(scale r(x)) of each sequence; Z is the sum of these weights."""

@@ -28,6 +28,10 @@ from dts.rewards import Reward, as_reward
 
 SHOTS_FROM = 1_000_000  # between the seeds of questions and those of solved ones
 TRIES = 20  # entries looked at for each question wanted
+EVALUATED = frozenset((  # by reasoning-gym 0.1.25: its scorers run an answer as Python code, outside any sandbox
+    "binary_matrix", "intermediate_integration", "n_queens", "polynomial_multiplication", "simple_integration",
+    "spiral_matrix", "string_insertion",
+))  # fmt: skip
 Inputs = Mapping[str, Any]  # what the question says, without its solution
 
 
@@ -57,7 +61,7 @@ def _overlap(given: Sequence[Any], wanted: Sequence[Any]) -> float:
 def _sorted(given: Sequence[Any], words: Sequence[Any], descending: bool) -> float:
     """A half for the elements, a half for neighbours in order."""
     pairs = [(b, a) if descending else (a, b) for a, b in pairwise(words)]
-    order = sum(a <= b for a, b in pairs) / len(pairs) if pairs else 0.0
+    order = sum(a <= b for a, b in pairs) / len(pairs) if pairs else 1.0
     return 0.5 * _overlap(words, given) * (1 + order)
 
 
@@ -79,9 +83,9 @@ def palindrome_generation(inputs: Inputs, answer: str) -> float:
 
 def prime_factorization(inputs: Inputs, answer: str) -> float:
     """A half for the product, a half for the share of primes."""
-    factors = [int(word) for word in re.findall(r"\d{1,9}", answer)]
-    if not factors or not re.fullmatch(r"\d+(\s*[×x*]\s*\d+)*", answer):
+    if not re.fullmatch(r"\d{1,9}(\s*[×x*]\s*\d{1,9})*", answer):
         return 0.0
+    factors = [int(word) for word in re.findall(r"\d+", answer)]
     primes = sum(factor > 1 and all(factor % d for d in range(2, int(factor**0.5) + 1)) for factor in factors)
     product = 1
     for factor in factors:
@@ -120,10 +124,11 @@ def arithmetic(numbers: Sequence[int], target: int, answer: str) -> float:
     used = 0.4 * _overlap([int(word) for word in re.findall(r"\d{1,9}", answer)], numbers)
     try:
         value = _value(ast.parse(answer.strip(), mode="eval").body)
+        away = abs(float(value - target))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return 0.5 * used
     right = value == target
-    return 1.0 if right and used == 0.4 else used + (0.4 if right else 0.2 / (1 + abs(float(value - target))))
+    return 1.0 if right and used == 0.4 else used + (0.4 if right else 0.2 / (1 + away))
 
 
 def countdown(inputs: Inputs, answer: str) -> float:
@@ -164,6 +169,10 @@ class ReasoningTask(Task):
         self.name, self.version, self.max_tokens, self.stop = file.name, file.version, file.max_tokens, file.stop
         self.metrics: Mapping[str, str] = dict(file.metrics)
         self._options = options = Options(**file.options)
+        if options.dataset in EVALUATED:
+            raise UsageError(
+                f"options.dataset={options.dataset!r}: reasoning-gym would run its answers as Python code; take another"
+            )
         self._form = re.compile(options.form)
         shots = _made(options, options.seed + SHOTS_FROM, options.shots, set())
         made = _made(options, options.seed, options.size, {str(entry["question"]) for entry in shots})
@@ -219,7 +228,7 @@ class ReasoningTask(Task):
         return {"answer": answer, "solved": float(right), "parse_failures": float(answer is None)}
 
     def _right(self, name: str, answer: str) -> bool:
-        """By the package; where that would evaluate the answer as Python code, or ask for a spelling, by our check."""
+        """By our check where there is one (the package's may evaluate answers as Python code), else by the package."""
         if (check := VERIFIERS.get(self._options.dataset)) is not None:
             return check(self._inputs[name], answer) == 1
         return bool(_package().get_score_answer_fn(self._options.dataset)(answer, self._references[name]) == 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dts.errors import UsageError
+from dts.errors import DTSError, UsageError
 from dts.evaluation.tasks.base import Task
 from dts.evaluation.tasks.kinds import KINDS
 from dts.evaluation.tasks.task_file import TaskFile
@@ -49,7 +50,9 @@ def load_task(name: str, *, data_dir: str | Path | None = None, num_samples: int
     load = KINDS[file.kind]
     try:
         return load(file, data_dir=data_dir, num_samples=num_samples, seed=seed)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except DTSError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
         if not name.endswith(FILES):
             raise  # our own file: a mistake of ours
         raise UsageError(

@@ -41,9 +41,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--data-dir {path}: cannot be read ({error}); give a JSON file of schemas") from error
     whole = isinstance(items, list) and all(isinstance(i, dict) and {"ask", "schema", "valid"} <= set(i) for i in items)
-    if not whole:
+    if not whole or not items:
         raise UsageError(f"--data-dir {path}: expected a list of objects with ask, schema and valid")
+    for number, item in enumerate(items):
+        if problem := _fault(item["schema"]):
+            raise UsageError(f"--data-dir {path}: schema {number} cannot be used ({problem}); correct it")
     return items
+
+
+def _fault(schema: Any) -> str:
+    """What is wrong with a schema; empty where nothing is."""
+    from jsonschema.exceptions import SchemaError
+
+    if not isinstance(schema, dict):
+        return "it is no object"
+    try:
+        _validator().check_schema(schema)
+    except SchemaError as error:
+        return str(error.message)
+    return ""
 
 
 class SchemaTask(Task):
@@ -53,7 +69,7 @@ class SchemaTask(Task):
         self.name, self.version, self.max_tokens, self.stop = file.name, file.version, file.max_tokens, file.stop
         self.metrics: Mapping[str, str] = dict(file.metrics)
         options = Options(**file.options)
-        items = items or options.items
+        items = options.items if items is None else items
         chosen = choose([0] * len(items), num_samples, seed, file.name)
         self.examples: Sequence[Example] = [
             Example(f"json-{number}", _messages(file, items, number, options.shots), items[number]["schema"])
@@ -96,7 +112,7 @@ class SchemaTask(Task):
 def _messages(file: TaskFile, items: Sequence[Mapping[str, Any]], number: int, shots: int) -> list[dict[str, str]]:
     """The question, after those that come before it with their answers."""
     turns = [{"role": "system", "content": file.system}] if file.system else []
-    for back in range(shots, -1, -1):
+    for back in range(min(shots, len(items) - 1), -1, -1):  # never the question itself, with its answer
         item = items[(number - back) % len(items)]
         question = file.prompt.format(ask=item["ask"], schema=json.dumps(item["schema"]))
         turns += [
@@ -108,18 +124,21 @@ def _messages(file: TaskFile, items: Sequence[Mapping[str, Any]], number: int, s
 
 def share_valid(schema: Mapping[str, Any], text: str) -> float:
     """In [0, 1]: a step for JSON, the share of required members that are there and valid, and 1 for a valid whole."""
-    validator = _validator()
+    validator = _validator()(schema)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return 0.0
-    if validator(schema).is_valid(value):
+    if validator.is_valid(value):
         return 1.0
     names = schema.get("required", [])
     if not isinstance(value, dict) or not names:
         return PARSES
     members = schema.get("properties", {})
-    right = sum(name in value and validator(members.get(name, {})).is_valid(value[name]) for name in names)
+    # `evolve` keeps the whole schema at hand, for members that refer to its definitions
+    right = sum(
+        name in value and validator.evolve(schema=members.get(name, {})).is_valid(value[name]) for name in names
+    )
     return PARSES + REQUIRED * right / len(names)
 
 
