@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dts.errors import UsageError
+from dts.errors import UsageError, shown
 from dts.lm import Batch
 from dts.memory import free_bytes
 from dts.models.batch import Room, TreeBatch
@@ -91,12 +91,13 @@ def load(
         if source is not None and model is not None:
             given["model"] = model
         if device is not None or device_map is not None or allow_unknown_ids:
-            raise UsageError(f"load({source!r}) takes no device, device_map and allow_unknown_ids; an "
-                             "engine places its model itself")  # fmt: skip
+            raise UsageError("an engine takes no device, device_map and allow_unknown_ids; it places its model itself")
         return load_engine(spec, {**given, **engine_options})
     if engine_options:
         raise UsageError(f"{next(iter(engine_options))}= is no option of a model; it may be one of an engine, such as "
                          "vllm:NAME or http://127.0.0.1:8000/v1")  # fmt: skip
+    if source is not None and model is not None:
+        raise UsageError(f"model={shown(model)} was given beside {shown(source)}; give one of them")
     model = model if source is None else source
     check_arguments(model, device, dtype, device_map, models_file, trust_remote_code, quantization)
     if isinstance(model, tuple):

@@ -12,7 +12,7 @@ import uvicorn
 
 from dts.doors.app import Service, build_app
 from dts.doors.bodies import Limits
-from dts.doors.serve import CONNECTIONS
+from dts.doors.serve import CONNECTIONS, hosts_of
 from dts.doors.worker import Worker
 
 
@@ -38,7 +38,7 @@ def serving(
     """The address, and the worker behind it."""
     limits = limits or Limits(seconds=600)
     worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens)
-    app = build_app(Service(worker, "tiny", rewards, limits, key))
+    app = build_app(Service(worker, "tiny", rewards, limits, key, hosts_of("127.0.0.1")))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **CONNECTIONS))
     started = threading.Event()
     startup = server.startup

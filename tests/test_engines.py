@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from engine_server import EngineServer  # noqa: E402
 from toys import Paid, fast_tokenizer  # noqa: E402
 
 import dts  # noqa: E402
-from dts.lm import TailRequest  # noqa: E402
+from dts.lm import Tail, TailRequest  # noqa: E402
 from dts.models.engines.dialects import DIALECTS  # noqa: E402
 from dts.models.engines.http import Server  # noqa: E402
 from dts.models.engines.loading import Tokens  # noqa: E402
@@ -200,6 +201,11 @@ def test_a_failure_of_one_request_ends_the_others_first(serve):
         ("http://127.0.0.1:9/v1", {"wait": -1}, "wait=-1"),
         ("http://127.0.0.1:9/v1", {"device": "cpu"}, "takes no device"),
         ("http://me:sk-secret@127.0.0.1:9/v1", {}, "no plain http"),
+        ("http://me:sk-secret@127.0.0.1:9/v1", {"device": "cpu"}, "takes no device"),
+        ("http://127.0.0.1:9/v1", {"tokenizer": 5, "model": "m"}, "tokenizer=5 is not allowed"),
+        ("http://127.0.0.1:9/v1", {"preset": ["vllm"]}, "preset="),
+        ("http://127.0.0.1:9/v1", {"key_env": 3}, "key_env=3 is not allowed"),
+        ("smollm2-135m", {"model": "smollm2-360m"}, "model='smollm2-360m' was given beside 'smollm2-135m'"),
         ("smollm2-135m", {"segment": 8}, "segment= is no option of a model"),
     ],
 )
@@ -259,6 +265,25 @@ def test_vllm_in_process_without_the_package_says_how_to_get_it(tmp_path, monkey
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(dts.UnavailableError, match="pip install vllm"):
         dts.load(f"vllm:{tmp_path}")
+
+
+@pytest.mark.parametrize("options", [{}, {"unknown": 1}, {"model": "x"}])
+def test_vllm_that_does_not_start_says_so_in_one_line(tmp_path, monkeypatch, options):
+    def starts(model, *, max_logprobs, enable_prefix_caching, generation_config):
+        raise RuntimeError("the engine\nfailed")
+
+    fake = types.SimpleNamespace(LLM=starts, SamplingParams=dict)
+    monkeypatch.setitem(__import__("sys").modules, "vllm", fake)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(dts.UnavailableError, match="did not start") as caught:
+        dts.load(f"vllm:{tmp_path}", tokenizer=tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_log_probabilities_that_are_none_are_refused_however_large():
+    engine = types.SimpleNamespace(max_top=3, complete=lambda requests: [Tail((1,), ({1: 900.0, 2: -1.0},), 1)])
+    with pytest.raises(dts.ModelError, match="sum to"):
+        EngineModel(engine, Tokens(TOKENIZER), "m", top=3).complete([TailRequest((1,), (), 1, 0, 3)])
 
 
 def test_a_tokenizer_in_a_folder_brings_the_eos_ids_of_its_generation_config(tmp_path):

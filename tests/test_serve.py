@@ -23,7 +23,7 @@ from training_models import tiny_pair
 import dts
 from dts.doors.answers import tokens_of
 from dts.doors.bodies import CompletionBody, Limits, asked_for, parsed
-from dts.doors.serve import build_parser, key_from, limits_of, rewards_of, service_of
+from dts.doors.serve import build_parser, hosts_of, key_from, limits_of, rewards_of, service_of
 from dts.doors.worker import Job, Stopped, Worker
 from dts.results import Rollout
 from dts.search import BestOfN, Greedy, MaxEnt, Sampling
@@ -195,6 +195,9 @@ def test_the_example_of_the_page_prints_texts_with_their_rewards(address, capsys
         ({"presence_penalty": 1}, "presence_penalty=1 is not supported"),
         ({"reward_file": "x.py"}, "'reward_file' is not an argument"),
         ({"power": 2, "method": "best-of-n"}, "power=2.0 has no effect"),
+        ({"power": 2}, "power=2.0 has no effect without a search"),
+        ({"rollouts": 3}, "rollouts=3 has no effect without a search"),
+        ({"method": "greedy", "order": "target"}, "order='target' has no effect"),
         ({"messages": [{"role": "user", "content": 5}]}, "content=5 is not allowed"),
         ({"messages": []}, "messages is empty"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template cannot be set"),
@@ -352,7 +355,8 @@ def test_a_client_that_hangs_up_stops_the_search(lm, stream):
     gate = Gate()
     body = json.dumps({"model": "tiny", "prompt": "ab", "max_tokens": 30, "reward": "gate", "rollouts": 10_000,
                        "method": "best-of-n", "stream": stream}).encode()  # fmt: skip
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     with serving(lm, {"gate": gate}, limits=Limits(rollouts=10_000, seconds=600)) as (address, worker):
         jobs = submitted(worker)
         with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
@@ -406,6 +410,13 @@ def test_options_become_limits_and_bad_ones_are_refused():
         limits_of(build_parser().parse_args(["--max-seconds", "0"]))
     with pytest.raises(dts.UsageError, match="--port=70000"):
         service_of(build_parser().parse_args(["--port", "70000", "--model", "nowhere"]))
+
+
+def test_a_page_that_points_its_name_at_this_machine_is_refused(address):
+    wanted = {"evil.example": 403, "[::1": 403, "127.0.0.1.evil.example:80": 403, "LOCALHOST:1": 200, "[::1]:1": 200}
+    for host, status in wanted.items():
+        assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
+    assert hosts_of("0.0.0.0") is None and "127.0.0.2" in hosts_of("127.0.0.2")
 
 
 def test_a_key_is_optional_and_a_server_without_one_beyond_this_machine_is_warned_of(caplog):

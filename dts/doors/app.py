@@ -23,7 +23,7 @@ from dts.errors import UsageError, shown
 from dts.results import Result, Rollout
 
 SLOWEST_BODY = 30.0  # seconds that a body may take to arrive
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "too_many_requests"}
 Events = asyncio.Queue[Rollout | list[Result] | Exception]
 
@@ -45,6 +45,7 @@ class Service:
     rewards: Mapping[str, AnyReward] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     key: str | None = None
+    hosts: frozenset[str] | None = None  # names by which clients may call it; None for all
     started: int = field(default_factory=now)
 
 
@@ -57,6 +58,7 @@ def build_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.worker.close)
 
     def key_given(request: Request) -> None:
+        check_host(request, service.hosts)
         check_key(request, service.key)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan, dependencies=[Depends(key_given)])
@@ -122,6 +124,16 @@ def check_key(request: Request, key: str | None) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
         raise Refused(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
+
+
+def check_host(request: Request, hosts: frozenset[str] | None) -> None:
+    """A web page whose own name was pointed at this machine sends that name."""
+    try:
+        host = request.url.hostname
+    except ValueError:  # brackets that do not close
+        host = None
+    if hosts is not None and host not in hosts:
+        raise Refused(403, "the Host header names another host; use the address that the server was started with")
 
 
 def check_model(name: str, service: Service) -> None:

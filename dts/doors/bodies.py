@@ -218,11 +218,20 @@ def _method(body: Body, n: int, greedy: bool, limits: Limits) -> Method:
     rollouts = _within("rollouts", 16 if body.rollouts is None else body.rollouts, 1, limits.rollouts)
     scale = 4.0 if body.reward_scale is None else body.reward_scale
     power, order = 1.0 if body.power is None else body.power, body.order or "reward"
+    if greedy or (body.method is None and body.reward is None):
+        _refuse_ignored(body)
     if greedy:
         return method_by_name("greedy")
     if body.method is None and body.reward is None:
         return method_by_name("sampling", n)
     return method_by_name(body.method or "maxent-star", max(rollouts, n), scale, power, order)
+
+
+def _refuse_ignored(body: Body) -> None:
+    """A plain or greedy request is no search: it has no size and no target."""
+    for option in ("rollouts", "reward_scale", "power", "order"):
+        if (value := getattr(body, option)) is not None:
+            raise UsageError(f"{option}={shown(value)} has no effect without a search; add a method, such as maxent")
 
 
 def _reward(name: str | None, rewards: Mapping[str, AnyReward]) -> AnyReward | None:

@@ -96,7 +96,12 @@ def service_of(options: argparse.Namespace) -> Service:
     lm = dts.load(options.model, device=options.device, dtype=options.dtype)
     worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens)
     name = options.name or options.model.rstrip("/").rpartition("/")[2]
-    return Service(worker, name, rewards, limits, key)
+    return Service(worker, name, rewards, limits, key, hosts_of(options.host))
+
+
+def hosts_of(host: str) -> frozenset[str] | None:
+    """Names by which clients may call a server on the loopback interface; None, for any, elsewhere."""
+    return frozenset([host.lower(), "localhost", "127.0.0.1", "::1"]) if _is_loopback(host) else None
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
@@ -126,7 +131,7 @@ def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 def rewards_of(path: Path) -> dict[str, Any]:

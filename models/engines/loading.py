@@ -44,13 +44,13 @@ def load_engine(spec: ModelSpec, options: Mapping[str, Any]) -> EngineModel:
     if source.startswith(IN_PROCESS):
         name = source.removeprefix(IN_PROCESS)
         folder = _folder(resolve(name))
-        texts: Tokens = Tokens(tokenizer or folder, folder)
+        texts = Tokens(folder if tokenizer is None else _local(tokenizer), folder)
         engine: Completer = InProcess(folder, **given)
     else:
         name = given.pop("model", None) or ""
         if not name or tokenizer is None:
             raise UsageError(f"{spec.name!r} needs model=, its name there, and tokenizer=, a folder or a hub id")
-        texts = Tokens(tokenizer if not isinstance(tokenizer, (str, Path)) else _folder(resolve(str(tokenizer))))
+        texts = Tokens(_local(tokenizer))
         engine = _server(source, name, top, given)
     model = EngineModel(engine, texts, spec.name, top=top, segment=segment)
     _probe(model)
@@ -59,7 +59,7 @@ def load_engine(spec: ModelSpec, options: Mapping[str, Any]) -> EngineModel:
 
 def _server(url: str, model: str, top: int, given: dict[str, Any]) -> Server:
     preset = given.pop("preset", "vllm")
-    if preset not in DIALECTS:
+    if not isinstance(preset, str) or preset not in DIALECTS:
         raise UsageError(f"preset={shown(preset)} is not known; give one of {', '.join(DIALECTS)}")
     if unknown := sorted(set(given) - OF_SERVER):
         raise UsageError(f"{unknown[0]}= is no option of a server; there are {', '.join(sorted(OF_SERVER))}, preset, "
@@ -69,6 +69,8 @@ def _server(url: str, model: str, top: int, given: dict[str, Any]) -> Server:
     for option in ("timeout", "wait"):
         if option in given:
             check_number(option, given[option], 0, allowed="a number of seconds > 0")
+    if not isinstance(given.get("key_env", ""), str):
+        raise UsageError(f"key_env={shown(given['key_env'])} is not allowed; give the name of an environment variable")
     return Server(url, DIALECTS[preset], model, top=top, **given)
 
 
@@ -104,6 +106,15 @@ class Tokens:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _local(tokenizer: Any) -> Any:
+    """A tokenizer as it is; for a name, its folder or hub id."""
+    if isinstance(tokenizer, (str, Path)):
+        return _folder(resolve(str(tokenizer)))
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise UsageError(f"tokenizer={shown(tokenizer)} is not allowed; give a folder, a hub id or a tokenizer")
+    return tokenizer
 
 
 def _folder(spec: ModelSpec) -> str:

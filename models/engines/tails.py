@@ -128,7 +128,7 @@ class EngineModel:
         for token, row in zip(tail.tokens, tail.rows, strict=True):
             if token not in row or not all(0 <= listed < self.vocab_size for listed in row):
                 return f"ids of a row go beyond the {self.vocab_size} of the tokenizer, or lack the drawn id {token}"
-            total = math.fsum(math.exp(log) for log in row.values())
+            total = math.fsum(math.exp(min(log, 1.0)) for log in row.values())  # 1: too much already
             if not total <= 1 + TOO_MUCH:  # NaN too
                 return f"the probabilities of a row sum to {total:.3g}"
         return None

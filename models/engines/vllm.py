@@ -25,7 +25,12 @@ class InProcess:
                 f"vllm:{source} needs vLLM ({error}); run: pip install vllm, in an environment of its own"
             ) from error
         given = {"max_logprobs": -1, "enable_prefix_caching": True, "generation_config": "vllm", **options}
-        self.llm, self._params = vllm.LLM(model=source, **given), vllm.SamplingParams
+        try:
+            self.llm = vllm.LLM(source, **given)
+        except Exception as error:  # an option, the weights, the card: it fails in as many ways as it has parts
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnavailableError(f"vllm:{source} did not start ({type(error).__name__}: {line})") from error
+        self._params = vllm.SamplingParams
 
     @property
     def max_top(self) -> int:
