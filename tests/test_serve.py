@@ -413,7 +413,14 @@ def test_options_become_limits_and_bad_ones_are_refused():
 
 
 def test_a_page_that_points_its_name_at_this_machine_is_refused(address):
-    wanted = {"evil.example": 403, "[::1": 403, "127.0.0.1.evil.example:80": 403, "LOCALHOST:1": 200, "[::1]:1": 200}
+    wanted = {
+        "evil.example": 403,
+        "[::1": 403,
+        "evil_1.example": 403,
+        "127.0.0.1.evil.example:80": 403,
+        "LOCALHOST:1": 200,
+        "[::1]:1": 200,
+    }
     for host, status in wanted.items():
         assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
     assert hosts_of("0.0.0.0") is None and "127.0.0.2" in hosts_of("127.0.0.2")

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -129,7 +130,7 @@ def check_key(request: Request, key: str | None) -> None:
 def check_host(request: Request, hosts: frozenset[str] | None) -> None:
     """A web page whose own name was pointed at this machine sends that name."""
     try:
-        host = request.url.hostname
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname  # `request.url` replaces odd ones
     except ValueError:  # brackets that do not close
         host = None
     if hosts is not None and host not in hosts:
