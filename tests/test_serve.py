@@ -226,6 +226,17 @@ def test_a_reward_that_fails_is_a_server_error_without_its_reason(client):
         assert "secret" not in str(caught.value)
 
 
+def test_a_reward_that_would_end_the_process_ends_its_request_alone(lm):
+    def leaves(text):
+        raise SystemExit("secret of the operator")
+
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 1}
+    with serving(lm, {"leaves": leaves}) as (address, _):
+        gone = httpx.post(f"{address}/v1/completions", json={**body, "reward": "leaves"}, timeout=30)
+        assert gone.status_code == 500 and "secret" not in gone.text
+        assert httpx.post(f"{address}/v1/completions", json=body, timeout=30).status_code == 200
+
+
 def test_a_key_is_asked_for_and_a_large_body_is_refused(lm):
     with serving(lm, {}, limits=Limits(body_bytes=300), key="kéy") as (address, _):
         body = {"model": "tiny", "prompt": "ab", "max_tokens": 1}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import dts
 from dts.decoding import as_scorer
@@ -36,12 +37,14 @@ def search_rollouts(
     correct for the search.
     """
     scorer = as_scorer(reward)
-    models: dict[int, HFModel] = {}  # the decoder of each trainer, which keeps what it prepared
+    models = WeakKeyDictionary[Any, HFModel]()  # the decoder of each trainer, which keeps what it prepared
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         groups = list(_groups(prompts, size))
-        lm = models.setdefault(id(trainer), decoder_of(trainer))
+        if trainer not in models:
+            models[trainer] = decoder_of(trainer)
+        lm = models[trainer]
         key = (trainer.args.seed, trainer.state.global_step, trainer.args.process_index, int(trainer.model.training))
         requests = [dts.Request(prompt, seed=stream(*key, number)) for number, prompt in enumerate(groups)]
         with in_eval_mode(lm.model):

@@ -119,9 +119,9 @@ class Worker:
             return self._results(job)
         except (UsageError, Stopped) as error:
             return error
-        except Exception as error:
+        except BaseException as error:  # SystemExit of a reward, too, must not end this thread
             log.error("a search failed", exc_info=error)
-            return error
+            return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
 
     def _results(self, job: Job) -> list[Result]:
         asked, results = job.asked, []

@@ -112,7 +112,7 @@ class Server:
 
         try:
             response = self._client.post(self._url, json=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise _Passing(f"could not be reached ({type(error).__name__})") from None
         if response.status_code == 429 or response.status_code >= 500:
             raise _Passing(f"answered with status {response.status_code}", _seconds(response.headers))
