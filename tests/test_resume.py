@@ -121,6 +121,7 @@ def child(arguments: Sequence[str], log: Path, death: Death | None) -> None:
     import dts
 
     torch.set_num_threads(1)
+    os.environ.pop("WANDB_SERVICE", None)  # a service that an earlier test began takes a killed run for one under way
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(log.open("a"))
         stack.enter_context(contextlib.redirect_stdout(stream))

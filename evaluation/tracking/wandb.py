@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,8 @@ from dts.evaluation.tracking.keys import ROLLOUT_KEYS, final_keys, named, own_ce
 
 logger = logging.getLogger(__name__)
 
-HELD_SECONDS = 30
 PROJECT = "maxent-ts-optimized"
 TABLE_COLUMNS = ("method", "sample", *ROLLOUT_KEYS, "start_depth", "text")
-
-
-def _when_free(init: Callable[[], Any]) -> Any:
-    """Start a run; one whose process was killed holds its id for some seconds longer."""
-    import wandb
-
-    for _ in range(HELD_SECONDS):
-        try:
-            return init()
-        except wandb.errors.Error as error:
-            if "is in use" not in str(error):
-                raise
-            time.sleep(1)
-    return init()
 
 
 class WandbTracker:
@@ -60,7 +44,7 @@ class WandbTracker:
             "settings": wandb.Settings(console="off", silent=True, init_timeout=30, x_disable_stats=True),
         }
         try:
-            run = _when_free(lambda: wandb.init(**{**settings, "mode": self._mode}))
+            run = wandb.init(**{**settings, "mode": self._mode})
         except wandb.errors.Error as error:  # logged in, but the network or the server is not there
             if self._mode != "online":
                 raise
