@@ -89,7 +89,7 @@ def check_available(spec: ModelSpec | str) -> None:
     spec = resolve(spec) if isinstance(spec, str) else spec
     if spec.kind == "folder":
         _check_folder(spec)
-    elif spec.kind == "hub" and not _in_hub_cache(spec.source):
+    elif spec.kind == "hub" and not in_hub_cache(spec.source):
         _reach_hub(spec)
 
 
@@ -225,7 +225,8 @@ def _check_folder(spec: ModelSpec) -> None:
         check_available(_adapter_base(spec))
 
 
-def _in_hub_cache(repo: str) -> bool:
+def in_hub_cache(repo: str) -> bool:
+    """Whether the hub's local cache has this model."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repo, "config.json"), str)

@@ -83,7 +83,7 @@ def unlisted(lm: Any, reference: Any) -> float:
 
 
 def recomputed(lm: Any) -> tuple[float, Any]:
-    """Blocks that the engine computes again for each rollout of a search behind a long prompt."""
+    """Blocks that the engine computes again for each rollout of a search after a long prompt."""
     import dts
     from dts.search import MaxEnt
 

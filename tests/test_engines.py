@@ -1,4 +1,4 @@
-"""Engines behind HTTP: three dialects, and servers that fail. No fault changes a search, and none is counted twice."""
+"""Engines over HTTP: three dialects, and servers that fail. No fault changes a search, and none is counted twice."""
 
 from __future__ import annotations
 
@@ -216,6 +216,25 @@ def test_bad_options_are_named_before_any_request(source, options, said):
     with pytest.raises(dts.UsageError, match=said) as caught:
         dts.load(source, **full, **options)
     assert "sk-secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_loading_fails_at_once_where_no_server_answers():
+    """The wait is for a server that goes away in the middle of a run."""
+    with pytest.raises(
+        dts.UnavailableError, match=r"127\.0\.0\.1:9 could not be reached \(ConnectError\); start it, or"
+    ):
+        dts.load("http://127.0.0.1:9/v1", model="m", tokenizer=TOKENIZER, wait=3600)
+
+
+def test_a_tokenizer_of_the_hub_is_asked_for_once_and_never_where_the_hub_is_away(monkeypatch):
+    def away(spec):
+        raise dts.UnavailableError(f"{spec.source}: the hub cannot be reached")
+
+    monkeypatch.setattr("dts.models.loading._reach_hub", away)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: pytest.fail("asked"))
+    for source, options in (("http://127.0.0.1:9/v1", {"model": "m", "tokenizer": "no/such"}), ("vllm:no/such", {})):
+        with pytest.raises(dts.UnavailableError, match="no/such: the hub cannot be reached"):
+            dts.load(source, **options)
 
 
 def test_a_long_timeout_does_not_use_up_the_wait(serve):

@@ -20,14 +20,19 @@ NOTEBOOK = ROOT / "notebooks" / "musclebob.ipynb"
 FIRST = ROOT / "notebooks" / "reward_to_table.ipynb"
 
 
-def test_the_notebook_runs_and_resumes(tmp_path, monkeypatch):
+def use_tiny_model(small, model_variable, folder, monkeypatch):
+    """Let a notebook run its smallest sizes on a random model in this folder."""
     model, tokenizer = tiny_pair(string.printable)
     model.config.max_position_embeddings = 4096
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.setenv("MUSCLEBOB_SMOKE", "1")
-    monkeypatch.setenv("MUSCLEBOB_MODEL", str(tmp_path / "base"))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    monkeypatch.setenv(small, "1")
+    monkeypatch.setenv(model_variable, str(folder / "base"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_the_notebook_runs_and_resumes(tmp_path, monkeypatch):
+    use_tiny_model("MUSCLEBOB_SMOKE", "MUSCLEBOB_MODEL", tmp_path, monkeypatch)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     training = next(cell for cell in notebook.cells if "run_recipe(" in cell.source)
     notebook.cells.insert(notebook.cells.index(training) + 1, nbformat.v4.new_code_cell(training.source))
@@ -42,13 +47,7 @@ def test_the_notebook_runs_and_resumes(tmp_path, monkeypatch):
 
 
 def test_the_notebook_from_a_reward_to_a_table_runs(tmp_path, monkeypatch):
-    model, tokenizer = tiny_pair(string.printable)
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.setenv("DTS_NOTEBOOK_SMALL", "1")
-    monkeypatch.setenv("DTS_NOTEBOOK_MODEL", str(tmp_path / "base"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    use_tiny_model("DTS_NOTEBOOK_SMALL", "DTS_NOTEBOOK_MODEL", tmp_path, monkeypatch)
     notebook = nbformat.read(FIRST, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))

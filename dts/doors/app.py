@@ -245,7 +245,7 @@ def _refusal(error: Exception) -> Refused:
 async def _streamed(
     told: Rollout | list[Result] | Exception, job: Job, events: Events, service: Service, chat: bool, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Comments while the search goes on, then the texts. A client that hangs up closes this, which stops the search."""
+    """Comments while the search runs, then the texts. A client that hangs up closes this, which stops the search."""
     best, reward = "", float("-inf")
     try:
         while isinstance(told, Rollout):

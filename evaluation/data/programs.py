@@ -70,7 +70,7 @@ def read_human_eval(path: Path) -> list[Program]:
 
 
 def examples(prompt: str, function: str) -> list[tuple[str, Any]]:
-    """Expressions with this function in its docstring, and the values that stand behind them.
+    """Expressions with this function in its docstring, and the values that follow them.
 
     Read are doctest's form, and a call followed by a sign or a word such as `==`, `=>` or "returns" and a literal.
     """

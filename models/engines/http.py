@@ -1,4 +1,4 @@
-"""An engine behind HTTP as `dts.lm.Completer`.
+"""An engine over HTTP as `dts.lm.Completer`.
 
 A request carries its own seed, so one that is sent again after a failure gives the tail that the first one would have
 given, and only the answer that came is counted. The key comes from the environment, goes into a header and nowhere
@@ -21,6 +21,7 @@ from dts.lm import Tail, TailRequest
 from dts.models.engines.dialects import Dialect
 from dts.rewards.judge import LOOPBACK
 
+REACH_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a request is sent again; doubled each time
 
 
@@ -63,6 +64,17 @@ class Server:
     @property
     def max_top(self) -> int:
         return self._top
+
+    def reach(self) -> None:
+        """One short request. Raises `UnavailableError` where nothing answers at this address, without the wait."""
+        import httpx
+
+        try:
+            self._client.get(self._url, timeout=REACH_SECONDS)
+        except httpx.RequestError as error:
+            raise UnavailableError(
+                f"engine at {self._host} could not be reached ({type(error).__name__}); start it, or check the address"
+            ) from None
 
     def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
         given_up = threading.Event()
@@ -135,7 +147,7 @@ def _client(url: str, key: str, key_env: str, concurrency: int, timeout: float) 
     try:
         import httpx
     except ImportError as error:
-        raise UnavailableError("engines behind HTTP need httpx; run: pip install 'maxent-decoding[engines]'") from error
+        raise UnavailableError("engines over HTTP need httpx; run: pip install 'maxent-decoding[engines]'") from error
     if not (key.isascii() and key.isprintable()):
         raise UsageError(f"the key in {key_env} has characters that no header may have")
     return httpx.Client(

