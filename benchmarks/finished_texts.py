@@ -39,7 +39,7 @@ from dts.evaluation.measures.metrics import tokens_reused
 from dts.results import Completion, Usage
 from dts.rewards import Context, Finished
 from dts.search import BestOfN, Budget, MaxEnt, OnlineValues, Outcome, Run, Search
-from dts.training.coding import problems
+from dts.training.coding import Problem, problems
 from dts.training.coding.task import public_tests
 
 SCALE = 16.0
@@ -145,8 +145,12 @@ def reward_of(name: str, lm: Any, data: Path) -> dts.Reward:
 def prompts_of(name: str, count: int) -> list[Any]:
     """Of `coding`: the first problems that want one expression; their samples differ in what they pass."""
     if name == "coding":
-        return [problem.prompt for problem in problems() if problem.level == 1][:count]
+        return [problem.prompt for problem in _easy()[:count]]
     return list(PROMPTS[:count])
+
+
+def _easy() -> list[Problem]:
+    return [problem for problem in problems() if problem.level == 1]
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -359,7 +363,7 @@ def texts(rows: list[dict[str, Any]]) -> str:
                   "| --- | --- | --- | --- |"]  # fmt: skip
         for row in [r for r in rows if tuple(r[k] for k in KEY) == key][:10]:
             found, best = (re.sub(r"\s+", " ", row[k]).replace("|", "\\|").strip() for k in ("text", "best_of_n"))
-            prompt = PROMPTS[row["prompt"]] if key[3] != "coding" else problems()[row["prompt"]].name
+            prompt = PROMPTS[row["prompt"]] if key[3] != "coding" else _easy()[row["prompt"]].name
             lines.append(f"| {prompt} | {found} | {row['gain']:+.3f} | {best} |")
     return "\n".join(lines)
 
