@@ -96,6 +96,17 @@ def test_resume_refuses_other_settings_and_missing_checkpoints(config, tmp_path)
     assert len(read_history(train(config("sft", "fresh", max_steps=1), resume="auto"))) == 1  # none yet: from the start
 
 
+def test_a_run_of_a_version_with_fewer_settings_is_resumed(config):
+    with pytest.raises(KeyboardInterrupt):
+        train(config("sft"), callbacks=[Interrupt(3)])
+    file = Path(config("sft").folder) / "training_config.json"
+    settings = json.loads(file.read_text())
+    del settings["max_grad_norm"], settings["lora"]["target_modules"], settings["distill"]["trees"]
+    settings["grpo"]["kl_coeff"] = 7.0  # which SFT does not read
+    file.write_text(json.dumps(settings))
+    assert len(read_history(train(config("sft"), resume="auto"))) == 6
+
+
 # Polychromic ------------------------------------------------------------------------------------------------------
 
 

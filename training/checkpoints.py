@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from dts.errors import UsageError
+from dts.training.config import merged
 
 AUTO = "auto"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -40,13 +41,17 @@ def to_continue(folder: Path, resume: str | None) -> Path | None:
     return Path(resume)
 
 
-def check_settings(file: Path, now: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """Raise `UsageError` for settings other than those in the file, which would bend the schedule or the data order."""
+def check_settings(
+    file: Path, now: Mapping[str, Any], ignored: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `UsageError` for settings other than those in the file, which would bend the schedule or the data order.
+    defaults: of settings that an older file does not have."""
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot resume: {file} cannot be read ({error}); start anew with --overwrite") from error
     plain = json.loads(json.dumps(now))
+    before = merged(json.loads(json.dumps(defaults or {})), before)
     changed = [key for key in plain if key not in ignored and plain[key] != before.get(key)]
     if changed:
         key = changed[0]

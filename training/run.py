@@ -191,7 +191,11 @@ def _checkpoint(config: TrainConfig, resume: str | None) -> Path | None:
     """The checkpoint to continue from, with its settings compared."""
     checkpoint = to_continue(Path(config.folder), resume)
     if checkpoint is not None:
-        check_settings(checkpoint.parent / SETTINGS, config.as_dict(), ("output", "name", "run_folder"))
+        unread = {"polychromic", "grpo", "distill"} - {config.method}
+        check_settings(
+            checkpoint.parent / SETTINGS, config.as_dict(), {"output", "name", "run_folder", *unread},
+            defaults=TrainConfig(name=config.name, method=config.method).as_dict(),
+        )  # fmt: skip
     return checkpoint
 
 
