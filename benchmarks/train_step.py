@@ -7,7 +7,7 @@ with `model.generate`. `groups: sample` has the same trainer and loss, and draws
 prompt once for the group. `groups: tree` with as many roots as completions is the same plain group, and its prompt goes
 through the loss once, too. The end of the text is a token that is
 hardly ever drawn, so that all train on the same number of tokens. The arms take turns;
-each trains two steps, and the second is timed. Ratios are medians over the rounds, within one process.
+each trains two steps, and the second is timed, in CPU seconds of one thread. Ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ STORY = "The old bridge over the river was closed for repairs, and nobody in the
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds from the end of a step to the end of the next: draws, rewards, loss and update."""
+    """CPU seconds from the end of a step to the end of the next: draws, rewards, loss and update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._last: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
@@ -70,7 +70,7 @@ def settings(arm: str, options: argparse.Namespace, folder: Path) -> TrainConfig
 
 
 def timed(arm: str, options: argparse.Namespace, folder: Path) -> float:
-    """Seconds of the second step."""
+    """CPU seconds of the second step."""
     config, clock = settings(arm, options, folder), Clock()
     model, tokenizer = load_pretrained(options.model)
     tokenizer.eos_token = NEVER
