@@ -25,9 +25,9 @@ LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .ve
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
 
-run: $(VENV)/.installed  ## install, fetch the model and the data, run the main job (ARGS="--dataset M4" adds options)
+run: $(VENV)/.installed  ## install, fetch the model and the data, run configs/main.yaml (ARGS="--num-samples 6" adds options)
 	$(RUN) -m dts fetch
-	$(RUN) run_experiments.py $(ARGS)
+	$(RUN) run_experiments.py --config configs/main.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev  ## ruff, mypy, fetch, pytest in JOBS processes (ARGS="-k tree" adds options)
 	@$(MAKE) --no-print-directory lint

@@ -197,7 +197,7 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
     tracker = make_tracker(mode, folder.path, config.name, here.tracker)
     try:
         with _terminated_like_interrupted():
-            run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
+            summary = run(plan, folder, tracker, backend, engine, progress=not quiet and sys.stderr.isatty())
     except KeyboardInterrupt:
         _show(folder.path, mode, quiet)
         print(
@@ -210,6 +210,8 @@ def _run(options: Mapping[str, Any], backend: Backend | None, *, quiet: bool) ->
         print(f"finished rollouts are in {folder.path}; continue with --resume {folder.path}", file=sys.stderr)
         return _fail(error, FAILED)
     _show(folder.path, mode, quiet)
+    if not quiet:
+        _show_won(summary)
     return OK
 
 
@@ -247,6 +249,14 @@ def _show(path: Path, mode: str, quiet: bool) -> None:
     print(f"Results: {path}")
     if mode == "offline":
         print(f"W&B: offline; upload with: wandb sync {path}/wandb/offline-run-*")
+
+
+def _show_won(summary: Mapping[str, Any]) -> None:
+    """The last lines, where the eye is when a run ends: what the search won."""
+    from dts.evaluation.report.verdict import sentence
+
+    for verdict in summary["verdicts"]:
+        print(f"\n{sentence(verdict)}")
 
 
 def _print_lists(options: Mapping[str, Any]) -> bool:

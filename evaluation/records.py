@@ -101,6 +101,7 @@ class SampleRecord(Head, Costs):
     tokens_reused: float | None  # share of the rollouts' tokens that more than one of them has
     branch_depth: float | None  # median share of its text after which a rollout left the tree
     logprob: float
+    logprob_per_token: float
     finished_by: str
     shares: list[float] | None  # weight of each rollout as a sample of pi*, where the method estimates pi*
     text: str
@@ -128,9 +129,52 @@ class Cell(Mark, total=False):
     nodes: float | None
     tokens_reused: float | None
     branch_depth: float | None
+    logprob_per_token: float | None
     total_time: float  # seconds
     metrics: dict[str, float]
     best_reward_interval: list[float] | None  # 95 %; over all seeds only
+
+
+class Comparison(TypedDict):
+    """The search against one other method on the same samples, within the tokens of that method."""
+
+    method: str  # the other one
+    logprob_per_token: float | None
+    one_answer: bool  # it cannot use more tokens: the search counts with its result
+    samples: int
+    clusters: int  # of these samples: what is independent
+    search_reward: float  # means over samples
+    search_tokens: float
+    reward: float
+    tokens: float
+    difference: float
+    interval: list[float] | None  # 95 %; None: of a single cluster
+    p: float
+    better: int  # samples on which the search has the higher reward
+    worse: int
+
+
+class Unaided(TypedDict):
+    """The best method without a language model, by the task's headline metric."""
+
+    method: str
+    metric: str
+    value: float
+    search_value: float
+    ahead: bool  # not worse than the search
+
+
+class Verdict(Mark):
+    """What the search of a run won on one data set with one model; in words in `dts.evaluation.report.verdict`."""
+
+    model: str
+    dataset: str
+    method: str  # the search
+    logprob_per_token: float | None
+    outcome: str  # "won" against all others, "lost" against one of them, or "open"
+    others: list[Comparison]  # the closest first
+    unaided: Unaided | None
+    note: str  # of the task
 
 
 class Description(TypedDict):
@@ -155,3 +199,4 @@ class RunSummary(Description):
     oracles: list[str]
     runs: list[Cell]
     baselines: dict[str, dict[str, dict[str, float]]]
+    verdicts: list[Verdict]

@@ -51,6 +51,8 @@ class FakeTask:
     name: str = "FAKE"
     max_tokens: int = 8
     stop: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "max"})
+    note: str = ""
 
     @property
     def clusters(self) -> Mapping[str, str]:

@@ -195,7 +195,7 @@ def test_shipped_configs_name_methods_and_data_that_exist() -> None:
     from dts.search import METHODS
 
     files = sorted((ROOT / "configs").glob("*.yaml"))
-    assert {file.stem for file in files} >= {"smoke", "har", "m4", "two_models"}
+    assert {file.stem for file in files} >= {"main", "smoke", "har", "m4", "two_models"}
     for file in files:
         config = ExperimentConfig(**read_config_file(file))
         assert all(resolve(name) and canonical(data) for name in config.models for data in config.datasets)

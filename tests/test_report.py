@@ -120,7 +120,8 @@ def write_run(folder: Path, *, text: str = "an answer", reward: str = "verifier"
                                 "prompt": [{"role": "user", "content": text}]})  # fmt: skip
     summary = {"experiment": f"HAR{EVIL}", "config": {"seeds": [0], "reward_scale": 4.0}, "versions": {"torch": "2"},
                "partial": False, "seconds": 12.0, "baselines": {"har": {"majority": {"accuracy": 0.25}}},
-               "runs": [cell(model, method, samples) for model in MODELS for method in methods]}  # fmt: skip
+               "runs": [cell(model, method, samples) for model in MODELS for method in methods],
+               "verdicts": [won(model) for model in MODELS]}  # fmt: skip
     (folder / "trees").mkdir(parents=True)
     for name, records in (("samples", samples), ("rollouts", rollouts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -138,7 +139,16 @@ def cell(model: str, method: str, samples: Sequence[Any]) -> Any:
             "best_reward_interval": [min(own), max(own)],
             "final/avg_monotonicity": 1.0, "independent_monotonicity": 0.5, "final/avg_time_per_sample": 3.0,
             "forwarded_tokens": 30.0, "reward_calls": 3.0, "reward_seconds": 0.5,
-            "tokens_reused": 2 / 3, "branch_depth": 0.25, "metrics": {"accuracy": 0.5}}  # fmt: skip
+            "tokens_reused": 2 / 3, "branch_depth": 0.25, "logprob_per_token": -1.5,
+            "metrics": {"accuracy": 0.5}}  # fmt: skip
+
+
+def won(model: str) -> dict[str, Any]:
+    other = {"method": "best-of-n", "logprob_per_token": -2.5, "one_answer": False, "samples": 2, "clusters": 2,
+             "search_reward": 0.6, "search_tokens": 30.0, "reward": 0.5, "tokens": 30.0, "difference": 0.1,
+             "interval": [0.1, 0.1], "p": 0.5, "better": 2, "worse": 0}  # fmt: skip
+    return {"model": model, "dataset": "har", "method": "maxent", "logprob_per_token": -3.25, "outcome": "open",
+            "others": [other], "unaided": None, "note": EVIL}  # fmt: skip
 
 
 def evil_tree() -> dict[str, Any]:
@@ -232,11 +242,21 @@ def test_figures_of_the_tables(page: Path) -> None:
     text = page.read_text()
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in re.findall(r"<tr[^>]*>(.*?)</tr>", text, re.DOTALL)]
     assert ["red", "best-of-n", "2", "0.500", "[0.400,", "0.600]", "-0.100", "[-0.100,", "-0.100]", "30", "3.00",
-            "3", "0.50", "1.00", "(0.50)", "67", "%", "25", "%"] in rows  # fmt: skip
+            "3", "0.50", "-1.50", "1.00", "(0.50)", "67", "%", "25", "%"] in rows  # fmt: skip
     assert ["no", "language", "model", "majority", "0.250"] in rows
     assert len(re.findall("<svg", text)) == 5
-    assert len(re.findall('class="card winner"', text)) == 2  # one method is best on each of the two examples
+    assert len(re.findall('class="card winner"', text)) == 2 + 2  # one on each example, and for each model on the first
     assert "user:" in text and "#333333" not in text  # the prompt; ink that a dark page would hide
+
+
+def test_the_page_opens_with_what_was_won_and_the_first_sample(page: Path) -> None:
+    text = page.read_text()
+    top = text[text.index("<main>") : text.index('id="results-1"')]
+    assert top.count("<h2>We could not show that search (maxent) won on har with ") == 2
+    assert "At no more tokens than best-of-n (30 a sample against 30) the mean reward is 0.600 against 0.500" in top
+    assert "Log p per token of the texts under the model: maxent -3.25, best-of-n -2.50." in top
+    assert "Too few to tell: 2 independent examples" in top and top.count(escape(EVIL, quote=False)) >= 2
+    assert [name for name in ("ex-0", "ex-1") if name in top] == ["ex-0"] and top.count("<article") == 2 * 2
 
 
 def test_an_oracle_is_marked_and_a_run_without_trees_has_no_viewer(tmp_path: Path, page: Path) -> None:
@@ -260,6 +280,7 @@ def test_two_runs_on_one_page(tmp_path: Path, folder: Path, capsys: pytest.Captu
     ]
     text = target.read_text()
     assert "maxent [A]" in text and "maxent [B]" in text
+    assert "search (maxent [B]) won" in text and "than best-of-n [B] (30" in text
     assert escape(NOT_RECORDED) in text and escape(NOT_RECORDED) not in write_report(folder).read_text()
     differing = re.findall(r'<tr class="differs"><th scope="row">([^<]*?) <', text)
     assert differing == ["reward scale"]

@@ -148,6 +148,7 @@ def sample_record(about: Mapping[str, Any], result: Result) -> SampleRecord:
         "tokens_reused": tokens_reused(result.tree, result.rollouts),
         "branch_depth": branch_depth(result.rollouts),
         "logprob": result.best.logprob,
+        "logprob_per_token": result.best.logprob / max(len(result.best.token_ids), 1),
         "finished_by": result.best.finished_by,
         **cast("Costs", usage),
         "shares": _shares(result),

@@ -13,6 +13,7 @@ from dts.evaluation.records import Cell, Job, Record, RunSummary, SampleRecord
 from dts.evaluation.report import write_report
 from dts.evaluation.report.charts import of_dataset, write_charts
 from dts.evaluation.report.summary import report, summarise
+from dts.evaluation.report.verdict import verdicts
 from dts.evaluation.run_folder import RunFolder, reported, write_json, write_text
 from dts.evaluation.tasks.oracle import oracles
 from dts.evaluation.tracking.keys import published, sample_keys
@@ -39,6 +40,8 @@ def write_outputs(plan: Plan, folder: RunFolder, collected: Collected, *, second
     """Summary and report, and with `charts` pictures, of what the folder holds so far; the content of summary.json."""
     order = order_of(plan)
     samples = collected.sorted_samples(order)
+    cells = summarise(samples, plan.tasks, plan.colors)
+    baselines = {name: task.baselines() for name, task in plan.tasks.items()}
     summary: RunSummary = {
         "experiment": plan.config.name,
         **describe(plan),
@@ -48,8 +51,9 @@ def write_outputs(plan: Plan, folder: RunFolder, collected: Collected, *, second
         "rollouts_of_unfinished_samples": collected.unfinished,
         "rewards": sorted({sample["reward"] for sample in samples}),
         "oracles": oracles(samples),
-        "runs": summarise(samples, plan.tasks, plan.colors),
-        "baselines": {name: task.baselines() for name, task in plan.tasks.items()},
+        "runs": cells,
+        "baselines": baselines,
+        "verdicts": verdicts(samples, cells, baselines, plan.tasks, lambda: collected.rollouts(order)),
     }
     written = {**summary, "runs": list(map(published, summary["runs"]))}
     write_json(folder.path / "summary.json", written)

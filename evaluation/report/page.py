@@ -20,11 +20,12 @@ from markupsafe import Markup
 
 from dts.evaluation.collected import EXAMPLES, Collected
 from dts.evaluation.measures import statistics
-from dts.evaluation.records import Cell, Record, SampleRecord
+from dts.evaluation.records import Cell, Record, SampleRecord, Verdict
 from dts.evaluation.report import charts
 from dts.evaluation.report.runs import Run, load_run, load_runs
 from dts.evaluation.report.summary import NOT_RECORDED, number, of_earlier_version, percent
 from dts.evaluation.report.svg import inline_svg
+from dts.evaluation.report.verdict import compared, figures, headline, remarks
 from dts.evaluation.run_folder import to_json, write_text
 from dts.evaluation.tasks.oracle import marked, oracles, sees_reference
 
@@ -73,6 +74,7 @@ def render(runs: Sequence[Run]) -> str:
         rewards=rewards,
         not_recorded=NOT_RECORDED,
         oracles=oracles(samples),
+        won=[_won(verdict, run) for run in runs for verdict in run.summary.get("verdicts", [])],
         datasets=[_dataset(name, runs) for name in dict.fromkeys(sample["dataset"] for sample in samples)],
         trees=trees,
         data=_inert(trees),
@@ -131,6 +133,18 @@ def _dataset(name: str, runs: Sequence[Run]) -> Record:
     }  # fmt: skip
 
 
+def _won(verdict: Verdict, run: Run) -> Record:
+    """What the search won, in words, and the first example as every method that the sentence compares answered it."""
+    key = (verdict["model"], verdict["dataset"])
+    own = [s for s in run.samples if (s["model"], s["dataset"]) == key and s["method"] in compared(verdict)]
+    return {
+        "headline": headline(verdict),
+        "figures": figures(verdict),
+        "remarks": remarks(verdict),
+        "example": next(iter(_examples(own)), None),
+    }
+
+
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
@@ -168,7 +182,8 @@ def _examples(samples: Sequence[SampleRecord]) -> list[Record]:
     for (name, seed), answers in list(groups.items())[:EXAMPLES]:
         best = max(answer["best_reward"] for answer in answers)
         prompt = next((answer["prompt"] for answer in answers if "prompt" in answer), None)
-        examples.append({"id": name, "seed": seed, "prompt": _prompt(prompt), "best": best, "answers": answers})
+        examples.append({"id": name, "seed": seed, "prompt": _prompt(prompt), "asked": _asked(prompt), "best": best,
+                         "answers": answers})  # fmt: skip
     return examples
 
 
@@ -178,3 +193,9 @@ def _prompt(prompt: Any) -> str | None:
         return prompt
     turns = (f"{turn['role']}:\n{turn['content']}" if isinstance(turn, dict) else str(turn) for turn in prompt)
     return "\n\n".join(turns)
+
+
+def _asked(prompt: Any) -> str | None:
+    """The last turn of a prompt: what was asked for."""
+    last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
+    return _prompt(last["content"] if isinstance(last, dict) else last)

@@ -63,7 +63,14 @@ def load_run(folder: Path, letter: str = "", collected: Collected | None = None)
     cells = [(run["dataset"], run["model"], run["method"]) for run in summary["runs"]]
     trees = [t for t in trees if (t["dataset"], t["model"], t["method"]) in cells]
     trees.sort(key=lambda t: (t["sample"], t["seed"], cells.index((t["dataset"], t["model"], t["method"]))))
-    labelled: list[Any] = [*summary["runs"], *samples, *trees]
+    won = summary.get("verdicts", [])
+    labelled: list[Any] = [
+        *summary["runs"],
+        *samples,
+        *trees,
+        *won,
+        *(one for verdict in won for one in verdict["others"]),
+    ]
     for record in labelled:
         record["method"] = _labelled(record["method"], letter)
     rollouts["method"] = rollouts["method"].cat.rename_categories(lambda name: _labelled(name, letter))

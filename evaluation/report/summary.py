@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 
 from dts.evaluation.measures import statistics
-from dts.evaluation.records import Cell, RunSummary, SampleRecord
+from dts.evaluation.records import Cell, RunSummary, SampleRecord, Verdict
+from dts.evaluation.report.verdict import figures, headline, remarks
 from dts.evaluation.tasks.base import Task
 from dts.evaluation.tasks.oracle import WARNING, marked, sees_reference
 
@@ -27,6 +28,7 @@ _MEANS = {
     "nodes": "nodes",
     "tokens_reused": "tokens_reused",
     "branch_depth": "branch_depth",
+    "logprob_per_token": "logprob_per_token",
 }
 
 
@@ -89,14 +91,12 @@ def interval(values: Sequence[float], clusters: Sequence[Hashable]) -> list[floa
     return [found.low, found.high]
 
 
-NOT_RECORDED = (
-    "Tokens reused and branch depth are missing where an earlier version made records: it did not count them."
-)
+NOT_RECORDED = "A figure is missing where an earlier version made the records: it did not count it."
 
 
 def of_earlier_version(cell: Cell) -> bool:
     """Whether figures are missing because some of its records were made before they were counted."""
-    return cell.get("tokens_reused") is None
+    return any(cell.get(name) is None for name in ("tokens_reused", "branch_depth", "logprob_per_token"))
 
 
 def _target(config: Mapping[str, Any]) -> str:
@@ -121,10 +121,12 @@ def report(summary: RunSummary) -> str:
         f"{_seeds(config['seeds'])}, {summary['seconds']:.1f} s in all.",
         "",
         *([f"**Oracle reward: {', '.join(summary['oracles'])}.** {WARNING}", ""] if summary.get("oracles") else []),
+        *(line for verdict in summary.get("verdicts", []) for line in (*_said(verdict), "")),
         table(runs),
         "",
         "Best reward: mean over samples, 95 % bootstrap interval. Tokens: forwarded through the model per sample.",
-        "Reward calls: texts that the reward scored per sample; reward s: its part of the seconds.",
+        "Reward calls: texts that the reward scored per sample; reward s: its part of the seconds. Log p/token: of the",
+        "best completion under the model, in nats; a text that only pleases the reward is an unlikely one.",
         "Monotonicity: share of rollouts whose reward is not below the one before; in brackets what the same rewards",
         "give in random order. Tokens reused: share of the rollouts' tokens that another rollout has, too. Branch",
         "depth: share of its text after which a rollout leaves the tree of earlier ones (median; mean over samples).",
@@ -139,6 +141,10 @@ def report(summary: RunSummary) -> str:
     return "\n".join([*lines, "", f"Versions: {known}.", ""])
 
 
+def _said(verdict: Verdict) -> list[str]:
+    return [f"**{headline(verdict)}**: {figures(verdict)}", *remarks(verdict)]
+
+
 def _seeds(seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {' '.join(map(str, seeds))} (samples and means over all)"
 
@@ -146,7 +152,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 def table(runs: Sequence[Cell]) -> str:
     """One row per model, data set and method."""
     header = ["model", "data", "method", "samples", "best reward", "tokens", "s/sample", "reward calls", "reward s",
-              "monotonicity", "tokens reused", "branch depth"]  # fmt: skip
+              "log p/token", "monotonicity", "tokens reused", "branch depth"]  # fmt: skip
     rows = [
         [
             run["model"],
@@ -158,6 +164,7 @@ def table(runs: Sequence[Cell]) -> str:
             number(run["avg_time_per_sample"], 2),
             number(run.get("reward_calls"), 0),
             number(run.get("reward_seconds"), 2),
+            number(run.get("logprob_per_token"), 2),
             f"{number(run['avg_monotonicity'], 2)} ({number(run['independent_monotonicity'], 2)})"
             if run["avg_monotonicity"] is not None
             else "-",

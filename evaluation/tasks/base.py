@@ -33,6 +33,7 @@ class Task(Protocol):
     examples: Sequence[Example]
     metrics: Mapping[str, str]  # name -> "max" or "min", the better direction; the first is the headline
     clusters: Mapping[str, Hashable]  # example id -> what belongs together when resampling, such as the subject
+    note: str = ""  # what a reader of its results must know
 
     def reward(self, example: Example) -> Reward:
         """The label-free reward of one example."""

@@ -126,6 +126,7 @@ class InstructionTask(Task):
     def __init__(self, file: TaskFile, num_samples: int | None, seed: int) -> None:
         self.name, self.version, self.max_tokens, self.stop = file.name, file.version, file.max_tokens, file.stop
         self.metrics: Mapping[str, str] = dict(file.metrics)
+        self.note = file.note
         options = Options(**file.options)
         made = [_made(file, options, number) for number in range(options.prompts)]
         chosen = choose([example.inputs[0][0] for example in made], num_samples, seed, file.name)

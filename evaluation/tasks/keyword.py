@@ -36,6 +36,7 @@ class KeywordTask(Task):
     def __init__(self, file: TaskFile, num_samples: int | None, seed: int) -> None:
         self.name, self.version, self.max_tokens, self.stop = file.name, file.version, file.max_tokens, file.stop
         self.metrics: Mapping[str, str] = dict(file.metrics)
+        self.note = file.note
         items = Options(**file.options).items
         chosen = choose([len(item["words"]) for item in items], num_samples, seed, file.name)
         self.examples: Sequence[Example] = [self._example(file, number, items[number]) for number in chosen]

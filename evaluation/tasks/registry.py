@@ -92,7 +92,7 @@ def _are_texts(values: Any) -> bool:
 _TEXT = (lambda value: isinstance(value, str), "text")
 _NUMBER = (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number")
 _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(["name", "kind", "system", "prompt", "reply"], _TEXT),
+    **dict.fromkeys(["name", "kind", "system", "prompt", "reply", "note"], _TEXT),
     **dict.fromkeys(["version", "max_tokens"], _NUMBER),
     "metrics": (lambda value: isinstance(value, dict) and _are_texts([*value]), "a direction for each metric"),
     "stop": (_are_texts, "a list of texts"),

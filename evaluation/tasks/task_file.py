@@ -22,6 +22,7 @@ class TaskFile:
     max_tokens: int  # default completion length, in tokens
     metrics: dict[str, str]  # metric -> "max" or "min", the better direction; the first is the headline
     reply: str = ""  # the form of a worked example's answer
+    note: str = ""  # what a reader of the results must know
     stop: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
