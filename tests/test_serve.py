@@ -100,6 +100,15 @@ def test_temperature_0_is_greedy(client, lm):
     assert answer.choices[0].text == dts.decode(lm, "ab", method=Greedy(), max_new_tokens=8).best.text
 
 
+def test_the_temperature_of_a_greedy_text_is_that_of_its_log_probabilities(client, lm):
+    for temperature, given in ((0, {}), (0.5, {"temperature": 0.5})):
+        answer = client.completions.create(model="tiny", prompt="ab", temperature=temperature, max_tokens=4, logprobs=0,
+                                           extra_body={"method": "greedy"})  # fmt: skip
+        alone = dts.decode(lm, "ab", method=Greedy(), max_new_tokens=4, **given).best
+        tokens = answer.choices[0].logprobs.token_logprobs
+        assert tokens == list(alone.token_logprobs[: len(tokens)])
+
+
 def test_several_prompts_as_text_or_ids_answer_in_order(client, lm):
     ids = lm.encode("cd ef")
     texts = client.completions.create(model="tiny", prompt=["ab", "cd ef"], seed=3, max_tokens=6, logprobs=0)
@@ -195,6 +204,9 @@ def test_the_example_of_the_page_prints_texts_with_their_rewards(address, capsys
         ({"presence_penalty": 1}, "presence_penalty=1 is not supported"),
         ({"reward_file": "x.py"}, "'reward_file' is not an argument"),
         ({"power": 2, "method": "best-of-n"}, "power=2.0 has no effect"),
+        ({"reward_scale": 8, "method": "best-of-n"}, "reward_scale=8.0 has no effect with method=best-of-n; leave it"),
+        ({"reward_scale": 4, "method": "self-consistency"}, "reward_scale=4.0 has no effect"),
+        ({"rollouts": 3, "method": "greedy"}, "rollouts=3 has no effect with method=greedy"),
         ({"power": 2}, "power=2.0 has no effect without a search"),
         ({"rollouts": 3}, "rollouts=3 has no effect without a search"),
         ({"method": "greedy", "order": "target"}, "order='target' has no effect"),
