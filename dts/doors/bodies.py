@@ -127,7 +127,7 @@ class ChatBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for, and how many may wait."""
+    """What one request may ask for, how many may wait, and how many share a batch."""
 
     body_bytes: int = 1 << 20
     new_tokens: int = 1024
@@ -136,6 +136,7 @@ class Limits:
     prompts: int = 16
     seconds: float = 120.0  # from the arrival of a request to the end of its search
     waiting: int = 64  # requests that wait for the model
+    together: int = 8  # prompts that are searched at the same time
 
 
 @dataclass(frozen=True, slots=True)
