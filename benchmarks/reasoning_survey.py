@@ -97,10 +97,15 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=30)
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     options = parser.parse_args()
+    if options.questions < 1:
+        parser.error("--questions must be 1 or more")
     torch.set_num_threads(1)
-    lm = dts.load(options.model)
-    for name in options.datasets:
-        print(f"{name}: {solved(lm, name, options.questions):.3f}", flush=True)
+    try:
+        lm = dts.load(options.model)
+        for name in options.datasets:
+            print(f"{name}: {solved(lm, name, options.questions):.3f}", flush=True)
+    except dts.DTSError as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Methods at equal cost on tasks of other people: what each returns, for the tokens of a few samples.
 
     python benchmarks/tasks.py --task instructions --samples 64 --budget 8 --problems 24 --output tasks.jsonl
-    python benchmarks/tasks.py --output tasks.jsonl --report
+    python benchmarks/tasks.py --output tasks.jsonl --report --figure tasks.png
 
 Best-of-N draws N samples. Every other method may forward as many tokens as `--budget` of them cost, or has so many
 paths; greedy decoding has one. Sampling, smaller best-of-N and votes are read off the same N samples. Each method
@@ -15,8 +15,10 @@ The report compares with DTS*: intervals by bootstrap over problems, paired; p b
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,10 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import dts
 from dts.evaluation.measures.metrics import pass_at_k
 from dts.evaluation.measures.statistics import holm, mean, paired_difference, percentiles, resamples, sign_flip_test
+from dts.evaluation.report.charts import finish
 from dts.evaluation.tasks import Task, load_task
 from dts.results import Completion, Result
 from dts.search import MCTS, Beam, BestOfN, Greedy, MaxEnt, Method, ParticleFilter
@@ -37,6 +42,7 @@ WIDTH = 4  # paths of one search
 SEED = 100
 ENDLESS = 10**6  # rollouts of a search that its tokens end
 SAMPLES = "best-of-n"
+SERIES = re.compile(r"sampling|best-of-\d+")  # one draw, and the best of more of them
 OURS = "DTS*"
 METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget in samples; whether tokens end it
     # "constrained": with the constraint that the task gives, and only where it gives one
@@ -52,8 +58,9 @@ METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget 
     "DTS*, constrained": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
 }
 CONSTRAINED = ", constrained"
-KEY = ("task", "samples", "budget", "max_tokens", "model")
+KEY = ("task", "samples", "budget", "max_tokens", "model", "data_dir")
 Record = dict[str, Any]
+Methods = dict[str, list[Record]]  # the records of each, in the order of the problems
 
 
 def block(lm: Any, task: Any, name: str, places: Sequence[int], options: argparse.Namespace,
@@ -87,7 +94,8 @@ def record(task: Task, name: str, method: str, result: Result, seconds: float, o
     # A search whose tokens ended before its first text gives an empty answer.
     best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
     head = {"task": task.name, "model": options.model, "samples": options.samples, "budget": options.budget,
-            "max_tokens": options.max_tokens or task.max_tokens, "method": method, "id": name}  # fmt: skip
+            "max_tokens": options.max_tokens or task.max_tokens, "data_dir": options.data_dir, "method": method,
+            "id": name}  # fmt: skip
     by_ids = {one.token_ids: one for one in result.completions}
     drawn = [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts] if method == SAMPLES else []
     return {
@@ -139,12 +147,11 @@ def read_off(record: Record, *, votes: bool) -> Iterator[Record]:
         yield made(f"weighted best-of-{budget}", voted(drawn[:budget], weighted=True), budget)
 
 
-def run(lm: Any, options: argparse.Namespace, rows: list[Record]) -> None:
+def run(lm: Any, task: Task, options: argparse.Namespace, rows: list[Record]) -> None:
     """Do the blocks that are not in the file yet."""
-    task = load_task(options.task, num_samples=options.problems, data_dir=options.data_dir)
     tokens = options.max_tokens or task.max_tokens
-    setting = (task.name, options.samples, options.budget, tokens, options.model)
-    done = {(r["method"], r["id"]): r for r in rows if tuple(r[k] for k in KEY) == setting}
+    wanted = (task.name, options.samples, options.budget, tokens, options.model, options.data_dir)
+    done = {(r["method"], r["id"]): r for r in rows if setting(r) == wanted}
     named = [name for name in options.methods if hasattr(task, "constraint") or not name.endswith(CONSTRAINED)]
     for first in range(0, len(task.examples), options.block):
         places = range(first, min(first + options.block, len(task.examples)))
@@ -162,6 +169,11 @@ def run(lm: Any, options: argparse.Namespace, rows: list[Record]) -> None:
                   f"{sum(r['seconds'] for r in new):.0f} s", flush=True)  # fmt: skip
 
 
+def setting(row: Record) -> tuple[Any, ...]:
+    """What has to agree between records of one table."""
+    return tuple(row.get(key) for key in KEY)  # `data_dir` came later
+
+
 def read(path: Path) -> list[Record]:
     """The records so far. A last line that a kill cut off is dropped, from the file too."""
     if not path.exists():
@@ -173,11 +185,11 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def report(rows: Sequence[Record]) -> str:
-    """One table for each task and setting, of the problems that every method has done."""
-    parts = []
-    for setting in dict.fromkeys(tuple(r[k] for k in KEY) for r in rows):
-        own = [r for r in rows if tuple(r[k] for k in KEY) == setting]
+def compared(rows: Sequence[Record]) -> list[tuple[tuple[Any, ...], Methods]]:
+    """For each task and setting, the records of the problems that every method has done."""
+    found = []
+    for of in dict.fromkeys(map(setting, rows)):
+        own = [r for r in rows if setting(r) == of]
         methods: dict[str, dict[str, Record]] = {}
         votes = any(sample["vote"] is not None for one in own for sample in one["drawn"])
         for one in own:
@@ -185,19 +197,25 @@ def report(rows: Sequence[Record]) -> str:
                 methods.setdefault(made["method"], {})[made["id"]] = made
         shared = sorted(set.intersection(*map(set, methods.values())))
         if shared:
-            parts.append(table(setting, {name: [by_id[i] for i in shared] for name, by_id in methods.items()}))
-    return "\n\n".join(parts)
+            found.append((of, {name: [by_id[i] for i in shared] for name, by_id in methods.items()}))
+    return found
 
 
-def table(setting: tuple[Any, ...], methods: dict[str, list[Record]]) -> str:
-    name, samples, budget, tokens, model = setting
+def report(rows: Sequence[Record]) -> str:
+    """One table for each task and setting."""
+    return "\n\n".join(table(of, methods) for of, methods in compared(rows))
+
+
+def table(of: tuple[Any, ...], methods: Methods) -> str:
+    name, samples, budget, tokens, model, data_dir = of
     keys = list(next(iter(methods.values()))[0]["metrics"])
     head, count = keys[0], len(next(iter(methods.values())))
     ours = [r["metrics"][head] for r in methods.get(OURS, [])]
     others = {m: [r["metrics"][head] for r in rows] for m, rows in methods.items() if m != OURS and ours}
     p_values = holm({m: sign_flip_test(ours, values) for m, values in others.items()})
+    name += f"** from {data_dir}" if data_dir else "**"
     lines = [
-        f"**{name}**, {model}, {count} problems, up to {tokens} tokens, a budget of {budget} of {samples} samples",
+        f"**{name}, {model}, {count} problems, up to {tokens} tokens, a budget of {budget} of {samples} samples",
         "",
         f"| method | tokens | CPU s | reward | {' | '.join(keys)} | {OURS} minus | p (Holm) | nats a token |",
         "| --- " * (7 + len(keys)) + "|",
@@ -230,9 +248,55 @@ def samples_say(head: str, rows: Sequence[Record]) -> list[str]:
     return ["", f"Samples: {', '.join(shares)}. {some} of {len(solved)} problems have a sample that is right."]
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean, by bootstrap over problems."""
+    return percentiles([float(values[chosen].mean()) for chosen in resamples(len(values))])
+
+
 def with_interval(values: np.ndarray) -> str:
-    low, high = percentiles([float(values[chosen].mean()) for chosen in resamples(len(values))])
+    low, high = interval(values)
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def figure(rows: Sequence[Record]) -> Figure:
+    """Reward and outcome against tokens, with intervals: a column for each task and setting."""
+    parts = compared(rows)
+    drawn = Figure(figsize=(7.2 * len(parts), 7.4), layout="constrained")
+    panels = drawn.subplots(2, len(parts), squeeze=False)
+    for (of, methods), upper, lower in zip(parts, *panels, strict=True):
+        first = next(iter(methods.values()))
+        for axes, what, value in ((upper, "reward", reward), (lower, next(iter(first[0]["metrics"])), outcome)):
+            panel(axes, methods, value)
+            finish(axes, f"{of[0]}: {what}", "tokens after the prompt (close points are moved apart)",
+                   f"mean of {len(first)} problems")  # fmt: skip
+        lower.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False, fontsize=8)
+    return drawn
+
+
+def reward(record: Record) -> float:
+    return float(record["reward"])
+
+
+def outcome(record: Record) -> float:
+    """By the first metric of the task."""
+    return float(next(iter(record["metrics"].values())))
+
+
+def panel(axes: Axes, methods: Methods, value: Callable[[Record], float]) -> None:
+    """A point with its interval for each method; a line through what the same samples give."""
+    points = {name: (float(np.mean([r["tokens"] for r in rows])), np.array([value(r) for r in rows]))
+              for name, rows in methods.items()}  # fmt: skip
+    line = sorted((tokens, values.mean()) for name, (tokens, values) in points.items() if SERIES.fullmatch(name))
+    axes.plot(*zip(*line, strict=True), color="#999999", zorder=1)
+    looks = itertools.product("osD^vP", [f"C{number}" for number in range(10)])
+    for place, ((name, (tokens, values)), (marker, color)) in enumerate(zip(points.items(), looks, strict=False)):
+        (low, high), mine = interval(values), name == OURS
+        axes.errorbar(
+            tokens * 1.012 ** (place % 7 - 3), values.mean(), [[values.mean() - low], [high - values.mean()]],
+            label=name, color="black" if mine else color, marker=marker, markersize=9 if mine else 6, capsize=2,
+            linestyle="none", elinewidth=1,
+        )  # fmt: skip
+    axes.set_xscale("log")
 
 
 def main() -> None:
@@ -248,18 +312,30 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder or file with data, instead of the task's own")
     parser.add_argument("--output", type=Path, default=Path("tasks.jsonl"))
     parser.add_argument("--report", action="store_true", help="only print the tables of what --output holds")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw reward and outcome against tokens: .png or .svg"
+    )
     options = parser.parse_args()
+    if options.figure and options.figure.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--figure {options.figure}: give a name that ends in .png, .svg or .pdf")
     if min(options.samples, options.budget, options.block, options.max_tokens or 1) < 1:
         parser.error("--samples, --budget, --block and --max-tokens must be 1 or more")
     if options.budget > options.samples:
         parser.error(f"--budget {options.budget} is more than --samples {options.samples}; raise --samples")
     if options.report and not options.output.exists():
         parser.error(f"--output {options.output} does not exist: run without --report first")
+    try:
+        rows = read(options.output)
+        if not options.report:
+            torch.set_num_threads(1)
+            task = load_task(options.task, num_samples=options.problems, data_dir=options.data_dir)
+            run(dts.load(options.model), task, options, rows)
+    except dts.DTSError as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     rows = read(options.output)
-    if not options.report:
-        torch.set_num_threads(1)
-        run(dts.load(options.model), options, rows)
-    print(report(read(options.output)))
+    print(report(rows))
+    if options.figure:
+        figure(rows).savefig(options.figure, dpi=150, bbox_inches="tight", facecolor="white")
 
 
 if __name__ == "__main__":

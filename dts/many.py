@@ -29,16 +29,22 @@ from dts.memory import REMEDY, first_line, is_out_of_memory
 from dts.results import Result, Rollout
 from dts.rewards import Context, Prompt, Reward
 from dts.settings import Budget, Decoding, as_stops, check_whole
-from dts.target import Target
 
 if TYPE_CHECKING:
-    from dts.search import Method, Search
-    from dts.search.many import Many
+    from dts.search import Method
+    from dts.search.many import Lane, Many
 
 AnyReward = Reward | Callable[..., Any]
 Outcome = Result | Exception
 Ended = tuple[int, Outcome]  # the index of a prompt and what became of it
+LATER: Any = (
+    object()
+)  # what `prompts` may yield for "none at the moment": those in flight continue, then it is asked again
 AHEAD = 4  # results that may wait for their turn, in multiples of the prompts in flight
+
+
+# Fields of `Decoding` that a request may set; the others are fields of `Request`.
+OWN = frozenset(field.name for field in dataclasses.fields(Decoding)) - {"seed", "constraint"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,11 @@ class Request:
     budget: Budget | None = None  # on top of the call's
     name: str | None = None  # in messages; "prompt 3" if not given
     constraint: Constraint | None = None
+    method: Method | None = None
+    # Options of `decode` by name, such as temperature; max_new_tokens and batch_size, the paths of this search, up to
+    # the call's max_new_tokens and width
+    settings: Mapping[str, Any] | None = None
+    stopped: Callable[[], bool] | None = None  # asked before each step: whether to end with what was found
 
 
 def decode_many(
@@ -87,7 +98,8 @@ def decode_many(
     of additions. Yields results in the order of the prompts.
 
     prompts: any iterable; it is read as places become free. A `Request` in it is a prompt with a reward, a seed, a
-    budget or a constraint of its own. reward: one for all, or a list with one for each prompt.
+    method or other settings of its own. An iterable that has no prompt yet may yield `dts.many.LATER`, as long as
+    others are in flight. reward: one for all, or a list with one for each prompt.
     batch_size: paths in flight over all prompts. width: paths of one search, so batch_size // width prompts are in
     flight. as_completed: yield pairs (index, result) in the order in which prompts finish.
     errors: "raise", or "return" to get a prompt's exception in the place of its result.
@@ -107,10 +119,9 @@ def decode_many(
     check_arguments(lm, method, max_kv_bytes, budget, on_rollout, settings)
     _check_choices(prompts, errors, total_budget)
     source = Source(
-        lm, iter(prompts), _scorers(reward, prompts), settings, tightest(method.budget(), budget),
-        chat_template_kwargs, on_rollout, target_of(method),
-    )  # fmt: skip
-    engine = Engine(lm, method, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
+        lm, iter(prompts), _scorers(reward, prompts), method, settings, budget, chat_template_kwargs, on_rollout
+    )
+    engine = Engine(lm, batch_size // width, width, settings.max_new_tokens, max_kv_bytes, total_budget)
     return Results(source, engine, _bar(prompts, progress), as_completed=as_completed, keep_errors=errors == "return")
 
 
@@ -158,7 +169,7 @@ class Task:
 
     index: int
     prompt_ids: tuple[int, ...]
-    begin: Callable[[Session], Search]
+    begin: Callable[[Session], Lane]
 
 
 @dataclass
@@ -168,22 +179,18 @@ class Source:
     lm: LanguageModel
     prompts: Iterator[Prompt | Request]
     scorers: Reward | list[Reward]
+    method: Method
     settings: Decoding
-    limits: Budget
+    budget: Budget | None
     chat_template_kwargs: Mapping[str, Any] | None
     on_rollout: Callable[[int, Rollout], None] | None
-    target: Target | None
     taken: int = 0
     ended: bool = False
     failure: Exception | None = None  # of the prompts themselves; raised after the results of those that came
     names: dict[int, str] = dataclasses.field(default_factory=dict)  # of requests that have one, by index
 
-    @property
-    def width(self) -> int:
-        return self.settings.batch_size or 1
-
     def next(self) -> Task | tuple[int, Exception] | None:
-        """The next prompt, or what is wrong with it; None after the last one."""
+        """The next prompt, or what is wrong with it; None after the last one, and where none waits."""
         if self.ended:
             return None
         try:
@@ -193,6 +200,8 @@ class Source:
             return None
         except Exception as error:
             self._end(UsageError(f"prompts raised {type(error).__name__} at index {self.taken}: {error}"), error)
+            return None
+        if prompt is LATER:
             return None
         index = self.taken
         if isinstance(self.scorers, list) and index >= len(self.scorers):
@@ -206,27 +215,47 @@ class Source:
 
     def _task(self, index: int, given: Prompt | Request) -> Task:
         from dts.search import Search  # as in `decode`
+        from dts.search.many import Lane
 
         request = given if isinstance(given, Request) else Request(given)
         if request.name is not None:
             self.names[index] = request.name
         check_budget("budget", request.budget)
-        ids = tuple(encoded(self.lm, request.prompt, self.chat_template_kwargs))
-        check_prompt(self.lm, ids, self.settings.max_new_tokens)
-        context = Context(request.prompt, ids, self.lm.decode)
-        scorer, limits = self._scorer(index, request), tightest(self.limits, request.budget)
-        seed = self.settings.seed + index if request.seed is None else request.seed
         check_constraint(request.constraint, self.lm)
-        constraint = self.settings.constraint if request.constraint is None else request.constraint
-        settings = dataclasses.replace(self.settings, seed=seed, constraint=constraint)
-        check_engine(self.lm, None, settings)
+        method = self.method if request.method is None else request.method
+        settings, variables = self._settings(index, request)
+        check_engine(self.lm, method, settings)
+        ids = tuple(encoded(self.lm, request.prompt, variables))
+        check_prompt(self.lm, ids, settings.max_new_tokens)
+        context = Context(request.prompt, ids, self.lm.decode)
+        limits = tightest(tightest(method.budget(), self.budget), request.budget)
+        scorer, width = self._scorer(index, request), settings.batch_size or 1
         tell = None if self.on_rollout is None else _with_index(self.on_rollout, index)
 
-        def begin(session: Session) -> Search:
+        def begin(session: Session) -> Lane:
             left = _after_shared(self.lm, limits, session, ids)
-            return Search(self.lm, session, context, scorer, settings, left, self.width, tell, self.target)
+            target = target_of(method)
+            search = Search(self.lm, session, context, scorer, settings, left, width, tell, target)
+            return Lane(search, method, method.start(search), request.stopped or _never)
 
         return Task(index, ids, begin)
+
+    def _settings(self, index: int, request: Request) -> tuple[Decoding, Mapping[str, Any] | None]:
+        """Of one prompt, and the variables of its chat template."""
+        own, call = dict(request.settings or {}), self.settings
+        variables = own.pop("chat_template_kwargs", self.chat_template_kwargs)
+        if unknown := set(own) - OWN:
+            raise UsageError(f"settings of a request: {shown(min(unknown))} is unknown; give {', '.join(sorted(OWN))}")
+        own["seed"] = call.seed + index if request.seed is None else request.seed
+        own["constraint"] = call.constraint if request.constraint is None else request.constraint
+        settings = dataclasses.replace(call, **own)
+        for option in ("max_new_tokens", "batch_size"):
+            if getattr(settings, option) > getattr(call, option):
+                raise UsageError(
+                    f"{option}={getattr(settings, option)} of a request is more than the call's "
+                    f"{getattr(call, option)}; raise {'width' if option == 'batch_size' else option} of the call"
+                )
+        return settings, variables
 
     def _scorer(self, index: int, request: Request) -> Reward:
         if request.reward is not None:
@@ -256,6 +285,10 @@ def _after_shared(lm: Any, limits: Budget, session: Session, ids: tuple[int, ...
     return dataclasses.replace(limits, tokens=max(1, limits.tokens - shared))
 
 
+def _never() -> bool:
+    return False
+
+
 def _with_index(on_rollout: Callable[[int, Rollout], None], index: int) -> Callable[[Rollout], None]:
     return lambda rollout: on_rollout(index, rollout)
 
@@ -265,7 +298,6 @@ class Engine:
     """What the prompts run on."""
 
     lm: LanguageModel
-    method: Method
     prompts: int  # in flight
     width: int
     max_new_tokens: int
@@ -281,7 +313,7 @@ class Engine:
         }  # fmt: skip
         together: Callable[..., Batch | None] | None = getattr(self.lm, "batch", None)
         batch = together(**options) if together is not None else None
-        return Many(batch if batch is not None else OneByOne(self.lm, **options), self.method, self.total_budget)
+        return Many(batch if batch is not None else OneByOne(self.lm, **options), self.total_budget)
 
 
 class Results(Iterator[Any]):
@@ -371,6 +403,8 @@ def _outcomes(
                     yield
                 task = None
             if many is None or not len(many):
+                if not source.ended and not (many is not None and many.spent):
+                    raise UsageError("prompts yielded LATER with nothing in flight; wait for a prompt instead")
                 return
             take(many.step())
             yield

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reward", metavar="REWARD", help=f"{', '.join(NAMES)}, FILE.py:FUNCTION or MODULE:FUNCTION; "
                         "if not given, every completion has 0")  # fmt: skip
     parser.add_argument("--method", default="maxent", metavar="NAME", help=f"{', '.join(METHODS)} (default: maxent)")
-    parser.add_argument("--rollouts", type=int, default=16, metavar="N", help="finished completions (default: 16)")
+    parser.add_argument("--rollouts", type=int, metavar="N", help="finished completions (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of a completion (default: 48)")
-    parser.add_argument("--reward-scale", type=float, default=4.0, metavar="X", help="lambda (default: 4)")
-    parser.add_argument("--power", type=float, default=1.0, metavar="X",
+    parser.add_argument("--reward-scale", type=float, metavar="X", help="lambda (default: 4)")
+    parser.add_argument("--power", type=float, metavar="X",
                         help="of p in the target; above 1 it sharpens the model (default: 1)")  # fmt: skip
-    parser.add_argument("--order", default="reward", metavar="NAME",
+    parser.add_argument("--order", metavar="NAME",
                         help="reward, likelihood or target: what the best completion is (default: reward)")  # fmt: skip
     parser.add_argument("--require-eos", action="store_true", help="texts that the length limit cut rank last")
     form = parser.add_mutually_exclusive_group()
@@ -76,10 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _decode(options: argparse.Namespace) -> Result:
     """What can be checked is checked before the model is loaded."""
     import dts
-    from dts.search import aimed
 
-    method = find_method(options.method)(options.rollouts, options.reward_scale)
-    method = aimed(method, options.power, options.order)
+    given = Settings(options.rollouts, options.reward_scale, options.power, options.order)
+    method = make_method(options.method, given, _as_option)
     reward = None if options.reward is None else find_reward(options.reward)
     constraint = find_constraint(options.json_schema, options.regex)
     prompt = read_prompt(options.prompt)
@@ -88,6 +88,54 @@ def _decode(options: argparse.Namespace) -> Result:
         lm, prompt, reward=reward, method=method, max_new_tokens=options.max_new_tokens, seed=options.seed,
         require_eos=options.require_eos, constraint=constraint,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of a method that is chosen by name. None: not given."""
+
+    rollouts: Any = None  # 16
+    reward_scale: Any = None  # 4
+    power: Any = None  # 1
+    order: Any = None  # "reward"
+
+
+def _as_option(name: str, value: object) -> str:
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def make_method(name: str, given: Settings, option: Callable[[str, object], str]) -> Any:
+    """The method with this name and these settings. Raises `UsageError` for a setting that it does not read.
+
+    option: how a setting and its value are written in messages.
+    """
+    from dts.search import aimed
+    from dts.settings import check_real, check_whole
+
+    make = find_method(name, option("method", ""))
+    for setting in _unread(make, given):
+        shown = option(setting, getattr(given, setting))
+        raise UsageError(f"{shown} has no effect with {option('method', name)}; leave it out, or use maxent")
+    rollouts = check_whole("rollouts", _or(given.rollouts, 16), 1, allowed="a whole number >= 1")
+    scale = _or(given.reward_scale, 4.0)
+    check_real("reward_scale", scale, lambda value: 0 <= value < 1e300, "a number >= 0")
+    return aimed(make(rollouts, float(scale)), _or(given.power, 1.0), _or(given.order, "reward"))
+
+
+def _unread(make: Callable[[int, float], Any], given: Settings) -> list[str]:
+    """The given settings that change nothing. Power 1 and the order "reward" are what every method has."""
+    some = make(2, 2.0)
+    reads = {
+        "rollouts": make(1, 2.0) != some,
+        "reward_scale": make(2, 1.0) != some,
+        "power": hasattr(some, "power") or given.power == 1,
+        "order": hasattr(some, "order") or given.order == "reward",
+    }
+    return [name for name, read in reads.items() if not read and getattr(given, name) is not None]
+
+
+def _or(value: Any, usual: Any) -> Any:
+    return usual if value is None else value
 
 
 def find_method(name: str, option: str = "--method ") -> Callable[[int, float], Any]:

@@ -25,22 +25,27 @@ LIMITED = ("forwarded_tokens", "reward_calls", "reward_tokens", "reward_seconds"
 Ended = tuple[int, Result | Exception]  # a prompt's key and what became of it
 
 
-@dataclass(slots=True)
-class _Lane:
+@dataclass(frozen=True, slots=True)
+class Lane:
     """One search under way."""
 
     search: Search
+    method: Method
     run: Run
+    stopped: Callable[[], bool]  # asked before each step: whether it ends with what it has found
+
+
+Begin = Callable[[Session], Lane]  # starts a search once its prompt went through
 
 
 class Many:
     """Searches under way over many prompts, in one batch."""
 
-    def __init__(self, batch: Batch, method: Method, total: Budget | None = None) -> None:
+    def __init__(self, batch: Batch, total: Budget | None = None) -> None:
         """total: limits on all prompts together."""
-        self._batch, self._method, self._total = batch, method, total or Budget()
-        self._opening: dict[int, tuple[Callable[[Session], Search], int]] = {}  # by key, with prompt tokens
-        self._under_way: dict[int, _Lane] = {}
+        self._batch, self._total = batch, total or Budget()
+        self._opening: dict[int, tuple[Begin, int]] = {}  # by key, with prompt tokens
+        self._under_way: dict[int, Lane] = {}
         self._past, self._rollouts = Usage(), 0  # of ended searches
         self._started = time.perf_counter()
         self.spent = False  # whether the total budget is used up
@@ -50,8 +55,8 @@ class Many:
         """Prompts in flight."""
         return len(self._opening) + len(self._under_way)
 
-    def add(self, key: int, prompt_ids: Sequence[int], begin: Callable[[Session], Search]) -> bool:
-        """Take a prompt in; False where it must wait. `begin` makes the search once the prompt went through."""
+    def add(self, key: int, prompt_ids: Sequence[int], begin: Begin) -> bool:
+        """Take a prompt in; False where it must wait."""
         if self._exceeded(len(prompt_ids)):
             self.spent = True
             return False
@@ -67,7 +72,7 @@ class Many:
         self._read()
         for key, lane in list(self._under_way.items()):
             try:
-                nodes = next_nodes(lane.search, lane.run)
+                nodes = None if lane.stopped() else next_nodes(lane.search, lane.run)
                 if nodes is None:
                     ended.append((key, self._conclude(key)))
                 else:
@@ -119,8 +124,7 @@ class Many:
             try:
                 if isinstance(session, Exception):
                     raise session
-                search = begin(session)
-                self._under_way[key] = _Lane(search, self._method.start(search))
+                self._under_way[key] = begin(session)
                 del self._opening[key]
             except Exception as error:
                 self.ended.append((key, self._drop(key, error)))
@@ -128,7 +132,7 @@ class Many:
     def _conclude(self, key: int) -> Result | Exception:
         lane = self._under_way[key]
         try:
-            result = conclude(lane.search, lane.run.outcome(), self._method.name)
+            result = conclude(lane.search, lane.run.outcome(), lane.method.name)
         except Exception as error:
             return self._drop(key, error)
         self._give_up(key)

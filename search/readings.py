@@ -8,7 +8,7 @@ reads the same numbers in company as alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -179,10 +179,10 @@ def answer(readings: Sequence[Reading]) -> None:
 
 
 def _answer(readings: Sequence[Reading]) -> None:
-    kinds: dict[Likeliest | Top | Measure | type[Draw], list[Reading]] = {}
+    kinds: dict[tuple[Likeliest | Top | Measure | type[Draw], Hashable], list[Reading]] = {}
     for reading in readings:
         kind = Draw if isinstance(reading.wanted, Draw) else reading.wanted
-        kinds.setdefault(kind, []).append(reading)
+        kinds.setdefault((kind, _shape(reading.search)), []).append(reading)
     parts = [part for group in kinds.values() for part in _parts(group)]
     columns = [_columns(part, distributions([(reading.search, reading.nodes) for reading in part])) for part in parts]
     numbers = (columns[0] if len(columns) == 1 else torch.cat([c.flatten() for c in columns])).flatten().tolist()
@@ -192,6 +192,12 @@ def _answer(readings: Sequence[Reading]) -> None:
             starts = [place + index * tensor.shape[1] for index in range(len(reading.nodes))]
             reading.rows = [numbers[start : start + tensor.shape[1]] for start in starts]
             place += len(starts) * tensor.shape[1]
+
+
+def _shape(search: Readable) -> Hashable:
+    """What makes rows of p, or of weights, out of logits: searches that have it in common are worked on together."""
+    decoding = search.decoding
+    return decoding.temperature, decoding.top_k, decoding.top_p, search.tree.power, search.masks
 
 
 def _parts(group: Sequence[Reading]) -> Iterator[list[Reading]]:
@@ -208,8 +214,8 @@ def _parts(group: Sequence[Reading]) -> Iterator[list[Reading]]:
 
 
 def distributions(asked: Sequence[tuple[Readable, Sequence[int]]]) -> torch.Tensor:
-    """p in float64 after these evaluated nodes of each search, or their weights, [B, V]; not to be written to. All have
-    equal settings but for their seeds."""
+    """p in float64 after these evaluated nodes of each search, or their weights, [B, V]; not to be written to. All
+    have the same `_shape`."""
     missing = [(search, new) for search, nodes in asked if (new := search.unread(nodes))]
     if missing:
         _softmax(missing)

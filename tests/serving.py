@@ -37,7 +37,7 @@ def serving(
 ) -> Iterator[tuple[str, Worker]]:
     """The address, and the worker behind it."""
     limits = limits or Limits(seconds=600)
-    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens)
+    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens, together=limits.together)
     app = build_app(Service(worker, "tiny", rewards, limits, key, hosts_of("127.0.0.1")))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **CONNECTIONS))
     started = threading.Event()

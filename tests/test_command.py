@@ -163,6 +163,11 @@ def test_json_has_the_same_and_the_prompt_may_be_piped(
         (["x", "--reward", "math:pi"], "is float; give a function of the text"),
         (["x", "--method", "maxnet"], "--method maxnet is not known: did you mean maxent?"),
         (["x", "--rollouts", "0"], "rollouts"),
+        (
+            ["x", "--method", "best-of-n", "--reward-scale", "8"],
+            "--reward-scale 8.0 has no effect with --method best-of-n; leave it out, or use maxent",
+        ),
+        (["x", "--method", "mcts", "--power", "2"], "--power 2.0 has no effect with --method mcts"),
         (["x", "--json-schema", "none.json"], "--json-schema none.json cannot be read"),
         pytest.param(["x", "--regex", "a("], "unclosed group", marks=needs_llguidance),
         (["  "], "the prompt is empty"),

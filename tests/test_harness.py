@@ -181,6 +181,12 @@ def test_generation_arguments_become_those_of_decode():
     [
         ({"method": "maxent-sta"}, "method=maxent-sta is not known: did you mean maxent-star"),
         ({"rollouts": 0}, "rollouts=0"),
+        (
+            {"method": "best-of-n", "reward_scale": 8},
+            "reward_scale=8 has no effect with method=best-of-n; leave it",
+        ),
+        ({"method": "greedy", "rollouts": 4}, "rollouts=4 has no effect with method=greedy"),
+        ({"method": "particle-filter", "order": "target"}, "order='target' has no effect with method=particle-filter"),
         ({"reward": "prose", "reward_file": "x.py:f"}, "give one of them"),
         ({"reward_file": "nowhere.py:f"}, "reward_file=nowhere.py:f cannot be imported"),
         ({"width": 0}, "width=0"),

@@ -13,6 +13,7 @@ from families import ByteTokenizer, random_model
 from test_processors import Alternates, Locked
 
 import dts
+from dts.many import LATER
 from dts.models import batch as batches
 from dts.models.batch import Room
 from dts.models.huggingface import HFModel
@@ -631,3 +632,69 @@ def test_a_bad_seed_or_budget_of_a_request_is_that_prompts_error():
     first, second, third = dts.decode_many(TABLE, requests, method=Sampling(1), max_new_tokens=2, errors="return")
     assert "prompt 0: budget=3 is not allowed" in str(first) and "prompt 1: seed=-1" in str(second)
     assert third.completions
+
+
+# Requests with settings of their own ----------------------------------------------------------------------------------
+
+
+def test_requests_with_methods_and_settings_of_their_own_give_what_they_give_alone():
+    own = [
+        (MaxEnt(8), {"temperature": 0.5, "max_new_tokens": 3}),
+        (BestOfN(5), {"top_k": 2, "batch_size": 2}),
+        (Sampling(6), {}),
+    ]
+    requests = [dts.Request((1, 2), letters, seed=7, method=method, settings=settings) for method, settings in own]
+    many = list(dts.decode_many(TABLE, requests, method=MaxEnt(3), max_new_tokens=5, width=3, batch_size=9))
+    for (method, settings), result in zip(own, many, strict=True):
+        options = {"max_new_tokens": 5, "batch_size": 3, **settings}
+        alone = dts.decode(TABLE, (1, 2), reward=letters, method=method, seed=7, **options)
+        assert result.method == method.name and [c.token_ids for c in result.completions] == [
+            c.token_ids for c in alone.completions
+        ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmth": 1}, "'warmth' is unknown; give batch_size, "),
+        ({"seed": 1}, "'seed' is unknown"),
+        ({"max_new_tokens": 9}, "max_new_tokens=9 of a request is more than the call's 7; raise max_new_tokens"),
+        ({"batch_size": 4}, "batch_size=4 of a request is more than the call's 3; raise width"),
+        ({"temperature": 0}, "temperature=0 is not allowed"),
+    ],
+)
+def test_settings_of_a_request_that_cannot_be_used_are_named(settings, message):
+    requests = [dts.Request((1,), settings=settings), dts.Request((2,))]
+    bad, good = dts.decode_many(TABLE, requests, method=Sampling(2), errors="return", **SMALL)
+    assert isinstance(bad, dts.UsageError) and message in str(bad) and good.completions
+
+
+def test_a_request_ends_before_its_next_step_once_it_is_stopped():
+    asked = []
+    requests = [dts.Request((1,), stopped=lambda: asked.append(1) or len(asked) > 3), (1,)]
+    stopped, whole = dts.decode_many(TABLE, requests, method=Sampling(50), **SMALL)
+    assert len(asked) == 4 and len(stopped.rollouts) < 50 and stopped.partial and len(whole.rollouts) == 50
+
+
+def test_prompts_that_come_later_join_those_in_flight():
+    told = []
+
+    def prompts():
+        yield (1,)
+        while len(told) < 5:
+            yield LATER  # the first one goes on
+        yield (2,)
+        assert not finished
+
+    finished = []
+    found = dts.decode_many(TABLE, prompts(), method=Sampling(40), seed=2, as_completed=True,
+                            on_rollout=lambda index, rollout: told.append(index), **SMALL)  # fmt: skip
+    for index, result in found:
+        alone = dts.decode(
+            TABLE, [(1,), (2,)][index], method=Sampling(40), seed=2 + index, max_new_tokens=7, batch_size=3
+        )
+        assert [r.text for r in result.rollouts] == [r.text for r in alone.rollouts]
+        finished.append(index)
+    assert sorted(finished) == [0, 1]
+    with pytest.raises(dts.UsageError, match="LATER with nothing in flight"):
+        list(dts.decode_many(TABLE, [LATER, (1,)], method=Sampling(1), **SMALL))

@@ -155,6 +155,8 @@ CASES = [
     ("fraction_simplification", {"numerator": 6, "denominator": 8}, "3/4", ["6/8", "1/2", "3/0", "3"]),
     ("countdown", {"numbers": [5, 4, 10], "target": 11}, "5 + 10 - 4",
      ["5 + 10", "11", "10 + 5 - 4 +", "__import__('os')", "5 / 0", "9" * 400]),
+    ("countdown", {"numbers": [3, 5], "target": 2}, "-3 + 5", ["-3 - 5", "~3 + 5", "not 3 + 5", "-3 ** 5", "-"]),
+    ("countdown", {"numbers": [3, 5], "target": 2}, "-(+3 - 5)", ["-(3 + 5)"]),
     ("puzzle24", {"numbers": [9, 9, 3, 8]}, "9*3*8/9", ["9*3*8", "24", "(9+9+3+8"]),
     ("spell_backward", {"word": "hay"}, "yah", ["hay", "ya"]),
 ]  # fmt: skip
@@ -244,6 +246,13 @@ def test_the_package_agrees_that_its_answers_are_right(name):
     assert task.score(answers) == {"solved": 1.0, "parse_failures": 0.0}
     for row in task.baselines().values():
         assert row["solved"] == 1.0
+
+
+def test_the_package_agrees_on_signs_of_countdown():
+    gym = pytest.importorskip("reasoning_gym")
+    inputs, score = {"numbers": [3, 5], "target": 2}, gym.get_score_answer_fn("countdown")
+    for answer in ("-3 + 5", "+5 - 3", "5 + -3", "--5-3", "-(3-5)", "5 - 3", "-3 - 5", "05 - 3", "5 - 3.0", "5 3"):
+        assert (VERIFIERS["countdown"](inputs, answer) == 1) == (score(answer, {"metadata": inputs}) == 1), answer
 
 
 # JSON ---------------------------------------------------------------------------------------------------------------
@@ -341,6 +350,10 @@ def test_problems_without_an_answer_to_vote_for_stay_in_the_table(bench):
         (["--samples", "4", "--budget", "8"], "--budget 8 is more than --samples 4"),
         (["--block", "0"], "must be 1 or more"),
         (["--report", "--output", "nowhere.jsonl"], "--output nowhere.jsonl does not exist"),
+        (["--report", "--figure", "chart"], "--figure chart: give a name that ends in .png, .svg or .pdf"),
+        (["--task", "keywords"], "error: unknown dataset 'keywords': did you mean keyword?"),
+        (["--task", "keyword", "--data-dir", "nowhere"], "error: --data-dir nowhere"),
+        (["--task", "keyword", "--model", "smollm3"], "error: unknown model 'smollm3'"),
     ],
 )
 def test_the_comparison_refuses_bad_options_in_one_line(bench, monkeypatch, capsys, words, message):
@@ -366,11 +379,12 @@ def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, ca
         task="keyword", model="tiny", methods=["greedy", "DTS*"], samples=16, budget=8, problems=3, max_tokens=4,
         block=2, data_dir=None, output=tmp_path / "tasks.jsonl",
     )  # fmt: skip
-    bench.run(tiny_lm, options, [])
+    task = load_task("keyword", num_samples=3)
+    bench.run(tiny_lm, task, options, [])
     whole = options.output.read_text().splitlines()
     assert len(whole) == 3 * 3
     options.output.write_text("\n".join(whole[:5]) + "\n" + whole[5][:40])  # killed while it wrote
-    bench.run(tiny_lm, options, bench.read(options.output))
+    bench.run(tiny_lm, task, options, bench.read(options.output))
     again = [json.loads(line) for line in options.output.read_text().splitlines()]
     cells = [(row["method"], row["id"]) for row in again]
     assert len(cells) == len(set(cells)) == 9
@@ -378,3 +392,43 @@ def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, ca
     assert all(row["tokens"] <= limits[row["id"]] + 1 for row in again if row["method"] == "DTS*")
     table = bench.report(again)
     assert "3 problems" in table and "| best-of-16 |" in table and "DTS* minus" in table
+    options.data_dir = "mine"
+    bench.run(tiny_lm, task, options, again)
+    both = bench.read(options.output)
+    assert len(both) == 18 and bench.report(both).count("3 problems, up to") == 2  # other data are another table
+    assert "**keyword** from mine, tiny" in bench.report(both)
+
+
+def test_the_figure_has_each_method_at_its_tokens_with_the_interval_of_the_table(bench, monkeypatch, tmp_path):
+    head = {"task": "x", "samples": 2, "budget": 2, "max_tokens": 4, "model": "tiny", "seconds": 1.0, "vote": None}
+
+    def record(name, method, reward, solved, tokens):
+        one = {
+            "text": "t",
+            "reward": reward,
+            "logprob": -1.0,
+            "n_tokens": 1,
+            "metrics": {"solved": solved},
+            "vote": None,
+        }
+        return {**head, **one, "method": method, "id": name, "tokens": tokens,
+                "drawn": [one, one] if method == "best-of-n" else []}  # fmt: skip
+
+    rows = [record("a", "best-of-n", 0.2, 0.0, 40), record("b", "best-of-n", 0.4, 1.0, 60),
+            record("a", "DTS*", 0.6, 1.0, 30), record("b", "DTS*", 0.8, 1.0, 50)]  # fmt: skip
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        "sys.argv", ["tasks.py", "--output", str(path), "--report", "--figure", str(tmp_path / "a.png")]
+    )
+    bench.main()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    upper, lower = bench.figure(rows).axes
+    assert upper.get_title(loc="left") == "x: reward" and lower.get_title(loc="left") == "x: solved"
+    points = {bars.get_label(): bars for bars in upper.containers}
+    assert set(points) == {"sampling", "best-of-2", "DTS*"}
+    x, y = (values[0] for values in points["DTS*"].lines[0].get_data())
+    assert x == pytest.approx(40, rel=0.05) and y == pytest.approx(0.7)
+    (low, high) = points["DTS*"].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((0.6, 0.8))
+    assert upper.lines[0].get_xydata().tolist() == [[25.0, pytest.approx(0.3)], [50.0, pytest.approx(0.3)]]

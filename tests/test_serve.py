@@ -1,5 +1,6 @@
 """The OpenAI-compatible server, with the real client: answers, streams, errors, load, and clients that hang up."""
 
+import asyncio
 import gc
 import json
 import math
@@ -22,6 +23,7 @@ from training_models import tiny_pair
 
 import dts
 from dts.doors.answers import tokens_of
+from dts.doors.app import Service, build_app
 from dts.doors.bodies import CompletionBody, Limits, asked_for, parsed
 from dts.doors.serve import build_parser, hosts_of, key_from, limits_of, rewards_of, service_of
 from dts.doors.worker import Job, Stopped, Worker
@@ -98,6 +100,15 @@ def test_a_plain_request_is_answered_by_independent_draws(client, lm):
 def test_temperature_0_is_greedy(client, lm):
     answer = client.completions.create(model="tiny", prompt="ab", temperature=0, max_tokens=8)
     assert answer.choices[0].text == dts.decode(lm, "ab", method=Greedy(), max_new_tokens=8).best.text
+
+
+def test_the_temperature_of_a_greedy_text_is_that_of_its_log_probabilities(client, lm):
+    for temperature, given in ((0, {}), (0.5, {"temperature": 0.5})):
+        answer = client.completions.create(model="tiny", prompt="ab", temperature=temperature, max_tokens=4, logprobs=0,
+                                           extra_body={"method": "greedy"})  # fmt: skip
+        alone = dts.decode(lm, "ab", method=Greedy(), max_new_tokens=4, **given).best
+        tokens = answer.choices[0].logprobs.token_logprobs
+        assert tokens == list(alone.token_logprobs[: len(tokens)])
 
 
 def test_several_prompts_as_text_or_ids_answer_in_order(client, lm):
@@ -195,6 +206,9 @@ def test_the_example_of_the_page_prints_texts_with_their_rewards(address, capsys
         ({"presence_penalty": 1}, "presence_penalty=1 is not supported"),
         ({"reward_file": "x.py"}, "'reward_file' is not an argument"),
         ({"power": 2, "method": "best-of-n"}, "power=2.0 has no effect"),
+        ({"reward_scale": 8, "method": "best-of-n"}, "reward_scale=8.0 has no effect with method=best-of-n; leave it"),
+        ({"reward_scale": 4, "method": "self-consistency"}, "reward_scale=4.0 has no effect"),
+        ({"rollouts": 3, "method": "greedy"}, "rollouts=3 has no effect with method=greedy"),
         ({"power": 2}, "power=2.0 has no effect without a search"),
         ({"rollouts": 3}, "rollouts=3 has no effect without a search"),
         ({"method": "greedy", "order": "target"}, "order='target' has no effect"),
@@ -364,14 +378,12 @@ def test_a_completion_without_a_length_keeps_to_a_lower_limit(lm):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_stops_the_search(lm, stream):
     gate = Gate()
-    body = json.dumps({"model": "tiny", "prompt": "ab", "max_tokens": 30, "reward": "gate", "rollouts": 10_000,
-                       "method": "best-of-n", "stream": stream}).encode()  # fmt: skip
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}"
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 30, "reward": "gate", "rollouts": 10_000,
+            "method": "best-of-n", "stream": stream}  # fmt: skip
     with serving(lm, {"gate": gate}, limits=Limits(rollouts=10_000, seconds=600)) as (address, worker):
         jobs = submitted(worker)
         with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
-            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            connection.sendall(post_of(body))
             assert gate.reached.wait(60)
             job = jobs.get(timeout=60)
             assert not job.stopped.is_set()
@@ -379,6 +391,152 @@ def test_a_client_that_hangs_up_stops_the_search(lm, stream):
         gate.open.set()
         assert job.ended.wait(60)
     assert gate.texts < 10_000
+
+
+def post_of(body):
+    """A request as bytes, for clients that hang up."""
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_client_hung_up_leaves_the_queue_at_once(lm, stream):
+    gate = Gate()
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 2, "reward": "gate", "method": "best-of-n", "rollouts": 1}
+    with (
+        serving(lm, {"gate": gate}, limits=Limits(waiting=1, seconds=600)) as (address, worker),
+        ThreadPoolExecutor() as pool,
+    ):
+        jobs = submitted(worker)
+        first = pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=60)
+        assert gate.reached.wait(60)
+        jobs.get(timeout=60)
+        with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
+            connection.sendall(post_of({**body, "stream": stream}))
+            waits = jobs.get(timeout=60)
+        assert waits.ended.wait(60)  # the model is still busy
+        second = pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=60)
+        assert jobs.get(timeout=60) is not waits  # there is a place in the queue
+        gate.open.set()
+        assert first.result().status_code == second.result().status_code == 200
+    assert gate.texts == 2  # none for the client that left
+
+
+class Telling:
+    """A worker that tells of a rollout as soon as it has a job."""
+
+    def __init__(self, lm):
+        self.lm, self.jobs = lm, []
+
+    def submit(self, job):
+        self.jobs.append(job)
+        job.tell(Rollout(0, 1.0, 1.0, 3, 0.1, 3, 2, 0, 2, "text"))
+
+    def stop(self, job):
+        job.stopped.set()
+
+
+def test_a_stream_whose_client_is_gone_before_the_first_event_is_sent_stops_its_search(lm):
+    worker = Telling(lm)
+    app = build_app(Service(worker, "tiny"))
+    body = json.dumps({"model": "tiny", "prompt": "ab", "stream": True}).encode()
+    told = iter([{"type": "http.request", "body": body}, None])
+
+    async def receive():  # hangs up between the first rollout and the first event
+        if (message := next(told, {"type": "http.disconnect"})) is None:
+            await asyncio.Event().wait()
+        return message
+
+    async def send(message):  # into a connection that takes nothing at the moment
+        await asyncio.Event().wait()
+
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST", "query_string": b"",
+        "path": "/v1/completions", "headers": [(b"content-type", b"application/json")],
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert worker.jobs[0].stopped.is_set()
+
+
+# -- one batch ---------------------------------------------------------------------------------------------------------
+
+
+def told_by(worker, body, rewards):
+    """Submits a request; returns where its results are put."""
+    told = queue.Queue()
+    asked = asked_for(parsed(CompletionBody, json.dumps({"model": "tiny", **body}).encode()), rewards, Limits())
+    worker.submit(Job(asked, math.inf, lambda what: told.put(what) if not isinstance(what, Rollout) else None))
+    return told
+
+
+def test_requests_that_wait_join_one_batch_and_get_what_they_get_alone(lm):
+    gate, together = Gate(), []
+    worker = Worker(lm, waiting=9, new_tokens=40, together=3)
+
+    def many_b(text):
+        together.append(len(worker._under_way))
+        return float(text.count("b"))
+
+    bodies = [
+        {"prompt": "ab", "seed": 1, "max_tokens": 12, "reward": "many_b", "rollouts": 8},
+        {"prompt": "cd ef", "seed": 2, "max_tokens": 5, "temperature": 0.7, "n": 3},
+        {"prompt": "ab c", "seed": 3, "max_tokens": 9, "reward": "many_b", "method": "best-of-n", "stop": ["e"]},
+        {"prompt": ["gh", "ab"], "seed": 4, "max_tokens": 7, "top_k": 3, "reward": "many_b", "method": "mcts"},
+        {"prompt": "xyz", "temperature": 0, "max_tokens": 30},
+        {"prompt": "ab", "seed": 6, "max_tokens": 8, "method": "particle-filter", "reward": "many_b"},
+    ]
+    rewards = {"gate": gate, "many_b": many_b}
+    first = told_by(worker, {"prompt": "ab", "max_tokens": 2, "reward": "gate", "rollouts": 1}, rewards)
+    assert gate.reached.wait(60)
+    waiting = [told_by(worker, body, rewards) for body in bodies]
+    gate.open.set()
+    assert isinstance(first.get(timeout=60), list)
+    found = [told.get(timeout=60) for told in waiting]
+    worker.close()
+    assert max(together) == 3  # the limit
+    for body, results in zip(bodies, found, strict=True):
+        asked = asked_for(parsed(CompletionBody, json.dumps({"model": "tiny", **body}).encode()), rewards, Limits())
+        for index, (prompt, result) in enumerate(zip(asked.prompts, results, strict=True)):
+            alone = dts.decode(lm, prompt, method=asked.method, reward=asked.reward, seed=asked.seed + index,
+                               max_new_tokens=asked.new_tokens, **asked.decoding)  # fmt: skip
+            assert [one.token_ids for one in result.completions] == [one.token_ids for one in alone.completions]
+            assert [rollout.text for rollout in result.rollouts] == [rollout.text for rollout in alone.rollouts]
+            for one, other in zip(result.completions, alone.completions, strict=True):
+                assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)
+
+
+def test_one_at_a_time_gives_the_same_to_the_last_bit(lm):
+    gate, worker = Gate(), Worker(lm, waiting=9, new_tokens=40, together=1)
+    first = told_by(worker, {"prompt": "abc", "max_tokens": 2, "reward": "gate", "rollouts": 1}, {"gate": gate})
+    assert gate.reached.wait(60)
+    others = [told_by(worker, {"prompt": "abc de", "seed": 3, "n": 3, "max_tokens": 9}, {}) for _ in range(2)]
+    gate.open.set()
+    assert isinstance(first.get(timeout=60), list)
+    alone = dts.decode(lm, "abc de", method=Sampling(3), seed=3, max_new_tokens=9)
+    for told in others:
+        (result,) = told.get(timeout=60)
+        assert result.completions == alone.completions and not result.usage.cached_tokens
+    worker.close()
+
+
+def test_a_request_that_fails_in_a_batch_ends_alone(lm):
+    gate, worker = Gate(), Worker(lm, waiting=9, new_tokens=40)
+    rewards = {"gate": gate, "many_a": many_a, "fails": fails}
+    first = told_by(worker, {"prompt": "ab", "max_tokens": 2, "reward": "gate", "rollouts": 1}, rewards)
+    assert gate.reached.wait(60)
+    waiting = [
+        told_by(worker, {"prompt": ["ab", "cd", "ef"], "max_tokens": 3, "reward": "fails"}, rewards),
+        told_by(worker, {"prompt": "a" * 300, "max_tokens": 3}, rewards),
+        told_by(worker, {"prompt": "ab", "max_tokens": 3, "reward": "many_a"}, rewards),
+    ]
+    gate.open.set()
+    failed, long, good = (told.get(timeout=60) for told in waiting)
+    assert isinstance(failed, dts.RewardError) and "decode_many" not in str(failed)
+    assert isinstance(long, dts.UsageError) and str(long).startswith("prompt of 300 tokens")
+    assert isinstance(good, list) and isinstance(first.get(timeout=60), list)
+    worker.close()
+    assert all(told.empty() for told in waiting)  # each was told once
 
 
 def test_a_server_that_closes_stops_its_search_and_tells_those_that_wait(lm):

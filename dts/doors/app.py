@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from dts.doors.answers import answer_of, as_body, as_stream, event, now, progress
 from dts.doors.bodies import Asked, Body, ChatBody, CompletionBody, Limits, asked_for, parsed
@@ -179,12 +180,25 @@ async def answered(request: Request, kind: type[Body], service: Service) -> Resp
     chat = isinstance(body, ChatBody)
     if not body.stream:
         return await _whole(request, job, events, service, chat)
-    first = await _while_connected(request, job, events.get())
+    first = await _while_connected(request, job, events.get(), service)
     if isinstance(first, Exception):  # before anything was sent
         raise _refusal(first)
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    parts = _streamed(first, job, events, service, chat, with_usage)
-    return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _Stream(_streamed(first, job, events, service, chat, with_usage), lambda: service.worker.stop(job))
+
+
+class _Stream(StreamingResponse):
+    """Calls `end` whatever ends the answer. The parts cannot: of a client that is gone by now none is asked for."""
+
+    def __init__(self, parts: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def _submitted(asked: Asked, service: Service) -> tuple[Job, Events]:
@@ -208,7 +222,7 @@ async def _whole(request: Request, job: Job, events: Events, service: Service, c
             pass
         return told
 
-    outcome = await _while_connected(request, job, end())
+    outcome = await _while_connected(request, job, end(), service)
     if isinstance(outcome, Exception):
         raise _refusal(outcome)
     return JSONResponse(await asyncio.to_thread(_body_of, outcome, job.asked, service, chat))
@@ -218,7 +232,7 @@ def _body_of(results: list[Result], asked: Asked, service: Service, chat: bool) 
     return as_body(answer_of(asked, results, chat=chat, model=service.name, decode=service.worker.lm.decode))
 
 
-async def _while_connected(request: Request, job: Job, waited: Awaitable[Any]) -> Any:
+async def _while_connected(request: Request, job: Job, waited: Awaitable[Any], service: Service) -> Any:
     """What is waited for. A client that hangs up stops the search."""
     result, gone = asyncio.ensure_future(waited), asyncio.ensure_future(_hung_up(request))
     try:
@@ -230,7 +244,7 @@ async def _while_connected(request: Request, job: Job, waited: Awaitable[Any]) -
         for task in (result, gone):
             task.cancel()
         if not result.done() or result.cancelled():
-            job.stopped.set()
+            service.worker.stop(job)
 
 
 async def _hung_up(request: Request) -> None:
@@ -245,19 +259,16 @@ def _refusal(error: Exception) -> Refused:
 async def _streamed(
     told: Rollout | list[Result] | Exception, job: Job, events: Events, service: Service, chat: bool, with_usage: bool
 ) -> AsyncIterator[str]:
-    """Comments while the search runs, then the texts. A client that hangs up closes this, which stops the search."""
+    """Comments while the search runs, then the texts."""
     best, reward = "", float("-inf")
-    try:
-        while isinstance(told, Rollout):
-            if told.reward > reward:
-                best, reward = told.text, told.reward
-            yield progress(told, best)
-            told = await events.get()
-        if isinstance(told, Exception):
-            yield event(error_body(*public_error(told)))
-            return
-        answer = answer_of(job.asked, told, chat=chat, model=service.name, decode=service.worker.lm.decode)
-        for part in as_stream(answer, with_usage=with_usage):
-            yield part
-    finally:
-        job.stopped.set()
+    while isinstance(told, Rollout):
+        if told.reward > reward:
+            best, reward = told.text, told.reward
+        yield progress(told, best)
+        told = await events.get()
+    if isinstance(told, Exception):
+        yield event(error_body(*public_error(told)))
+        return
+    answer = answer_of(job.asked, told, chat=chat, model=service.name, decode=service.worker.lm.decode)
+    for part in as_stream(answer, with_usage=with_usage):
+        yield part

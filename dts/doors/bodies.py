@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dts.doors.choices import AnyReward, method_by_name
 from dts.errors import UsageError, shown
+from dts.evaluation.decode import Settings
 from dts.rewards import Prompt
 from dts.search import Method
 from dts.settings import Decoding, as_stops, check_whole
@@ -126,7 +127,7 @@ class ChatBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for, and how many may wait."""
+    """What one request may ask for, how many may wait, and how many share a batch."""
 
     body_bytes: int = 1 << 20
     new_tokens: int = 1024
@@ -135,6 +136,7 @@ class Limits:
     prompts: int = 16
     seconds: float = 120.0  # from the arrival of a request to the end of its search
     waiting: int = 64  # requests that wait for the model
+    together: int = 8  # prompts that are searched at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +177,9 @@ def asked_for(body: Any, rewards: Mapping[str, AnyReward], limits: Limits) -> As
         _within("max_tokens", new_tokens, 1, limits.new_tokens)
     plain = body.method is None and body.reward is None
     greedy = body.method == "greedy" or (plain and body.temperature == 0)
-    decoding = _decoding(body, greedy)
+    decoding = _decoding(body, greedy and body.temperature == 0)
     return Asked(
-        prompts, _method(body, n, greedy, limits), _reward(body.reward, rewards), n,
+        prompts, _method(body, n, limits), _reward(body.reward, rewards), n,
         body.reward is None and not greedy and body.method in (None, "sampling"),
         secrets.randbits(32) if body.seed is None else body.seed % 2**64, new_tokens, decoding, body.variables(),
         body.log_probs(),
@@ -201,9 +203,10 @@ def _within(name: str, value: int | None, least: int, most: int) -> int:
     return check_whole(name, value, least, most, allowed=f"a whole number from {least} to {most}")
 
 
-def _decoding(body: Body, greedy: bool) -> dict[str, Any]:
+def _decoding(body: Body, coldest: bool) -> dict[str, Any]:
+    """coldest: temperature 0 asks for the greedy text, and the model's own p."""
     given: dict[str, Any] = {
-        "temperature": None if greedy else body.temperature, "top_p": body.top_p, "top_k": body.top_k,
+        "temperature": None if coldest else body.temperature, "top_p": body.top_p, "top_k": body.top_k,
         "stop": None if body.stop is None else as_stops(body.stop),
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
@@ -213,22 +216,20 @@ def _decoding(body: Body, greedy: bool) -> dict[str, Any]:
     return settings
 
 
-def _method(body: Body, n: int, greedy: bool, limits: Limits) -> Method:
+def _method(body: Body, n: int, limits: Limits) -> Method:
     """A request that names neither method nor reward is answered by n independent draws, as OpenAI does."""
-    rollouts = _within("rollouts", 16 if body.rollouts is None else body.rollouts, 1, limits.rollouts)
-    scale = 4.0 if body.reward_scale is None else body.reward_scale
-    power, order = 1.0 if body.power is None else body.power, body.order or "reward"
-    if greedy or (body.method is None and body.reward is None):
-        _refuse_ignored(body)
-    if greedy:
-        return method_by_name("greedy")
+    if body.rollouts is not None:
+        _within("rollouts", body.rollouts, 1, limits.rollouts)
     if body.method is None and body.reward is None:
-        return method_by_name("sampling", n)
-    return method_by_name(body.method or "maxent-star", max(rollouts, n), scale, power, order)
+        _refuse_ignored(body)
+        return method_by_name("greedy") if body.temperature == 0 else method_by_name("sampling", Settings(n))
+    size = None if body.method == "greedy" and body.rollouts is None else max(body.rollouts or 16, n)
+    given = Settings(size, body.reward_scale, body.power, body.order)
+    return method_by_name(body.method or "maxent-star", given)
 
 
 def _refuse_ignored(body: Body) -> None:
-    """A plain or greedy request is no search: it has no size and no target."""
+    """A plain request is no search: it has no size and no target."""
     for option in ("rollouts", "reward_scale", "power", "order"):
         if (value := getattr(body, option)) is not None:
             raise UsageError(f"{option}={shown(value)} has no effect without a search; add a method, such as maxent")

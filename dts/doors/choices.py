@@ -6,28 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from dts.errors import UsageError, shown
-from dts.evaluation.decode import find_method, find_reward
+from dts.evaluation.decode import Settings, find_reward, make_method
 from dts.results import Completion, Result
 from dts.rewards import Reward
-from dts.search import Method, aimed
-from dts.settings import check_real, check_whole
+from dts.search import Method
 
 AnyReward = Reward | Callable[..., Any]
 
 
-def method_by_name(
-    name: Any, rollouts: Any = 16, reward_scale: Any = 4.0, power: Any = 1.0, order: Any = "reward"
-) -> Method:
-    """The method of the command line with this name and size. Raises `UsageError` for what it does not take."""
+def method_by_name(name: Any, given: Settings | None = None) -> Method:
+    """The method of the command line with this name and these settings. Raises `UsageError` for what it does not
+    take."""
     if not isinstance(name, str):
         raise UsageError(f"method={shown(name)} is not allowed; give the name of a method, such as maxent-star")
-    check_whole("rollouts", rollouts, 1, allowed="a whole number >= 1")
-    check_real("reward_scale", reward_scale, lambda value: 0 <= value < 1e300, "a number >= 0")
-    made: Method = aimed(find_method(name, "method=")(rollouts, float(reward_scale)), power, order)
-    for option, value, usual in (("power", power, 1), ("order", order, "reward")):
-        if value != usual and not hasattr(made, option):
-            raise UsageError(f"{option}={shown(value)} has no effect with method={name}; leave it out, or use maxent")
-    return made
+    method: Method = make_method(name, given or Settings(), _as_argument)
+    return method
+
+
+def _as_argument(name: str, value: object) -> str:
+    return f"{name}={value if name == 'method' else shown(value)}"
 
 
 def reward_by_name(name: Any, file: Any = None) -> AnyReward | None:

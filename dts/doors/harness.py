@@ -19,6 +19,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 import dts
 from dts.doors.choices import method_by_name, reward_by_name
 from dts.errors import UsageError, shown
+from dts.evaluation.decode import Settings
 from dts.models.huggingface import HFModel
 from dts.results import Result
 from dts.settings import check_whole
@@ -44,12 +45,12 @@ class SearchLM(HFLM):
         self,
         pretrained: str | tuple[Any, Any],
         method: str = "maxent",
-        rollouts: int = 16,
+        rollouts: int | None = None,
         reward: str | None = None,
         reward_file: str | None = None,
-        reward_scale: float = 4.0,
-        power: float = 1.0,
-        order: str = "reward",
+        reward_scale: float | None = None,
+        power: float | None = None,
+        order: str | None = None,
         width: int = 4,
         seed: int = 0,
         device: str | None = None,
@@ -63,7 +64,7 @@ class SearchLM(HFLM):
         reward: a name of `dts decode`; reward_file: FILE.py:FUNCTION. width: paths of one prompt decoded together;
         `--batch_size` prompts are in flight. options: those of the harness's `hf` that do not load the model
         (batch_size, max_length, add_bos_token, prefix_token_id, enable_thinking, chat_template_args, ...)."""
-        self._method = method_by_name(method, rollouts, reward_scale, power, order)
+        self._method = method_by_name(method, Settings(rollouts, reward_scale, power, order))
         self._reward = reward_by_name(reward, reward_file)
         self._width = check_whole("width", width, 1, allowed="a whole number >= 1")
         self._seed = check_whole("seed", seed, 0, 2**128, allowed="a whole number >= 0")

@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-bytes", type=int, default=1 << 20, metavar="N", help="of the body (default: 1 MiB)")
     limits.add_argument("--max-waiting", type=int, default=64, metavar="N",
                         help="requests that wait; further ones get 429 (default: 64)")  # fmt: skip
+    limits.add_argument("--max-together", type=int, default=8, metavar="N",
+                        help="prompts that are searched at the same time, in one batch (default: 8)")  # fmt: skip
     return parser
 
 
@@ -94,7 +96,7 @@ def service_of(options: argparse.Namespace) -> Service:
     limits, key = limits_of(options), key_from(os.environ.get(KEY), options.host)
     rewards = {} if options.rewards is None else rewards_of(Path(options.rewards))
     lm = dts.load(options.model, device=options.device, dtype=options.dtype)
-    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens)
+    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens, together=limits.together)
     name = options.name or options.model.rstrip("/").rpartition("/")[2]
     return Service(worker, name, rewards, limits, key, hosts_of(options.host))
 
@@ -110,7 +112,7 @@ def limits_of(options: argparse.Namespace) -> Limits:
     given = {
         "body_bytes": options.max_bytes, "new_tokens": options.max_new_tokens, "rollouts": options.max_rollouts,
         "choices": options.max_choices, "prompts": options.max_prompts, "seconds": options.max_seconds,
-        "waiting": options.max_waiting,
+        "waiting": options.max_waiting, "together": options.max_together,
     }  # fmt: skip
     for field in fields(Limits):
         if not given[field.name] > 0:

@@ -83,8 +83,8 @@ def reward_over_rollouts(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> F
         raw = _by_rollout(own, "rollout_reward").mean(axis=1)
         left.plot(best.index + 1, best, linewidth=2, **style)
         right.plot(raw.index + 1, raw, linewidth=1.6, **style)
-    _finish(left, _title("Best reward so far", rollouts), "rollout", "reward (mean over samples)")
-    _finish(right, _title("Reward of each rollout", rollouts), "rollout", "")
+    finish(left, _title("Best reward so far", rollouts), "rollout", "reward (mean over samples)")
+    finish(right, _title("Reward of each rollout", rollouts), "rollout", "")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, rollouts, colors)
@@ -104,7 +104,7 @@ def monotonicity_bars(samples: pd.DataFrame, colors: Mapping[str, str]) -> Figur
     axes.set_xticks(range(len(groups)), [method for (_, method), _ in groups])
     axes.set_xlim(-0.6, max(len(groups), 1) - 0.4)
     axes.set_ylim(0, 1.12)
-    _finish(axes, _title("Monotonicity", samples), "", "share of rollouts not worse than the one before")
+    finish(axes, _title("Monotonicity", samples), "", "share of rollouts not worse than the one before")
     reference_line = Line2D([], [], color=_INK, linewidth=2, linestyle=(0, (3, 1)), label="same rewards, random order")
     handles = [*_model_handles(samples, colors), reference_line]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
@@ -123,7 +123,7 @@ def speed_quality(samples: pd.DataFrame, colors: Mapping[str, str]) -> Figure:
                       markersize=9, capsize=3, elinewidth=1.2, linestyle="none")  # fmt: skip
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
-    _finish(axes, _title("Speed against quality", samples), "seconds per sample", "best reward (mean over samples)")
+    finish(axes, _title("Speed against quality", samples), "seconds per sample", "best reward (mean over samples)")
     _legend(figure, samples, colors, lines=False)
     return figure
 
@@ -174,7 +174,7 @@ def reward_vs_tokens(rollouts: pd.DataFrame, colors: Mapping[str, str]) -> Figur
         marker = _LONE_MARKER if len(best) == 1 else {"markersize": 6}
         axes.plot(tokens, best, color=colors[model], linewidth=2, **marker, **styles[method])
     axes.margins(y=0.12)
-    _finish(axes, _title("Reward for the tokens spent", rollouts), "tokens forwarded through the model, per sample",
+    finish(axes, _title("Reward for the tokens spent", rollouts), "tokens forwarded through the model, per sample",
             "best reward so far (mean over samples)")  # fmt: skip
     _legend(figure, rollouts, colors)
     return figure
@@ -212,7 +212,8 @@ def _title(text: str, frame: pd.DataFrame) -> str:
     return marked(text, "oracle" in frame and bool(frame["oracle"].any()))
 
 
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, and the grid that all charts have."""
     axes.set_title(title, loc="left", fontsize=12, color=_INK)
     axes.set_xlabel(x, color=_INK)
     axes.set_ylabel(y, color=_INK)

@@ -111,11 +111,13 @@ _OPERATORS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def _value(node: ast.AST) -> Fraction:
-    """Of an expression with + - * / on whole numbers. Raises `ValueError` for anything else."""
+    """Of an expression with + - * / and signs on whole numbers. Raises `ValueError` for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return Fraction(node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        return -_value(node.operand) if isinstance(node.op, ast.USub) else _value(node.operand)
     raise ValueError("no arithmetic expression")
 
 
