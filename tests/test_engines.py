@@ -6,6 +6,7 @@ import itertools
 import re
 import threading
 import types
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -158,13 +159,46 @@ def test_a_server_that_ignores_the_bar_is_found_out(serve):
         load(serve(certain, ignores))
 
 
-def test_many_requests_at_once_are_not_mixed_up(serve):
-    together = threading.Barrier(16)
-    server = serve(LM, lambda number, body: together.wait(60) and None if number < 16 else None)
-    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=16)
-    requests = [TailRequest((1, 1 + i % 7), (), 4, i, 3) for i in range(300)]
-    expected = direct().engine.complete(requests)
-    assert [(t.tokens, t.rows) for t in engine.complete(requests)] == [(t.tokens, t.rows) for t in expected]
+class CountedLikeTheServer:
+    """Tails in process, with the tokens that the server says it computed: all but the drawn ones were cached."""
+
+    max_top = 8
+
+    def __init__(self):
+        self._engine = Stepwise(LM, max_new_tokens=64)
+
+    def complete(self, requests):
+        return [replace(tail, computed=len(tail.tokens)) for tail in self._engine.complete(requests)]
+
+
+def counted(result):
+    """All of its usage that is no time."""
+    return {name: value for name, value in asdict(result.usage).items() if "seconds" not in name}
+
+
+@pytest.mark.parametrize("rollouts", [160, pytest.param(1000, marks=pytest.mark.minutes)])
+def test_faults_change_no_rollout_and_no_count_of_many_at_once(serve, rollouts):
+    """16 requests at once, of which every third fails in one of three ways: each search is that of an undisturbed
+    engine, so none is mixed up with another."""
+    together, faults = threading.Barrier(16), (429, 500, "cut")
+
+    def fault(number, body):
+        if number < 16:
+            together.wait(60)
+        return faults[number // 3 % 3] if number % 3 == 0 else None
+
+    server = serve(LM, fault)
+    lm, slept = patient(server, concurrency=16)
+    prompts = [[1, 1 + i % 7, 1 + i // 7 % 7] for i in range(rollouts // 10)]
+    options = {"reward": Paid(2), "method": BestOfN(10), "max_new_tokens": 6, "batch_size": 64, "width": 4, "seed": 1}
+    found = list(dts.decode_many(lm, prompts, **options))
+    calm = EngineModel(CountedLikeTheServer(), Tokens(TOKENIZER), "calm", top=3)
+    wanted = list(dts.decode_many(calm, prompts, **options))
+    assert [facts(one) for one in found] == [facts(one) for one in wanted]
+    assert sum(len(one.rollouts) for one in found) == rollouts
+    assert [counted(one) for one in found] == [counted(one) for one in wanted]
+    asked = sum(one.usage.model_calls for one in found)
+    assert len(server.requests) == asked + len(slept) and len(slept) == -(-len(server.requests) // 3)
     assert server.most_together == 16
 
 
