@@ -74,8 +74,11 @@ class Batch(Protocol):
         """Send about so many tokens of admitted prompts through the model. Returns the keys of the prompts that are
         through, with their sessions or with what went wrong."""
 
-    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        """`Session.extend` of several sessions, all in one call."""
+    def extend(
+        self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]
+    ) -> Sequence[list[int] | Exception]:
+        """`Session.extend` of several sessions, all in one call. In the place of slots stands what went wrong with a
+        session alone."""
 
     def close(self, key: int) -> None:
         """Give up what a prompt holds. Its session still works: what it lacks is recomputed, and counted."""
@@ -151,6 +154,6 @@ class Completer(Protocol):
     def max_top(self) -> int:
         """Tokens that a row can list."""
 
-    def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
-        """One tail for each request, in their order; they are drawn together. Raises `UnavailableError` where the
-        engine does not answer, `ModelError` for an answer that cannot be right."""
+    def complete(self, requests: Sequence[TailRequest]) -> Sequence[Tail | Exception]:
+        """For each request, in their order, a tail, or why the engine refuses this request alone; they are drawn
+        together. Raises `EngineError` where the engine is gone or refuses everybody."""

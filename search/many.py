@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dts.errors import EngineError
 from dts.lm import Batch, LanguageModel, Session
 from dts.results import Result, Usage
 from dts.search.method import GeneratorRun, Method, Run
@@ -76,16 +77,21 @@ class Many:
                 if nodes is None:
                     ended.append((key, self._conclude(key)))
                 else:
-                    asked.append((lane.search, nodes))
+                    asked.append((key, lane.search, nodes))
+            except EngineError:
+                raise
             except Exception as error:
                 ended.append((key, self._drop(key, error)))
-        if self._exceeded(sum(len(nodes) for _, nodes in asked)):
+        if self._exceeded(sum(len(nodes) for _, _, nodes in asked)):
             ended += self.stop()
             asked = []
         if asked:
-            slots = self._batch.extend([(search.session, *search.edges(nodes)) for search, nodes in asked])
-            for (search, nodes), new in zip(asked, slots, strict=True):
-                search.place(nodes, new)
+            slots = self._batch.extend([(search.session, *search.edges(nodes)) for _, search, nodes in asked])
+            for (key, search, nodes), new in zip(asked, slots, strict=True):
+                if isinstance(new, Exception):
+                    ended.append((key, self._drop(key, new)))
+                else:
+                    search.place(nodes, new)
         self.ended = []
         return ended
 
@@ -162,6 +168,15 @@ def _sum(usages: Sequence[Usage]) -> Usage:
     return Usage(**{name: sum(getattr(usage, name) for usage in usages) for name in LIMITED})
 
 
+def _extended(session: Session, parents: Sequence[int], tokens: Sequence[int]) -> list[int] | Exception:
+    try:
+        return session.extend(parents, tokens)
+    except EngineError:
+        raise
+    except Exception as error:
+        return error
+
+
 class OneByOne:
     """`dts.lm.Batch` of any model: sessions that share nothing, extended one after another."""
 
@@ -194,8 +209,10 @@ class OneByOne:
                 through.append((key, error))
         return through
 
-    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
-        return [session.extend(parents, tokens) for session, parents, tokens in requests]
+    def extend(
+        self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]
+    ) -> Sequence[list[int] | Exception]:
+        return [_extended(*request) for request in requests]
 
     def close(self, key: int) -> None:
         self._waiting.pop(key, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from dts.errors import EngineError
 from dts.results import Estimate
 from dts.search.readings import Reading, answer, measure
 from dts.settings import Budget
@@ -93,6 +94,8 @@ class GeneratorRun:
         except StopIteration as end:
             self._cut_short = bool(end.value)
             return None
+        except EngineError:  # of all runs, so at once
+            raise
         except Exception as error:  # for `ask` to raise
             return error
 

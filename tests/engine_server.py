@@ -15,7 +15,8 @@ from dts.lm import LanguageModel, Tail, TailRequest
 from dts.models.engines.steps import Stepwise
 
 LONGEST = 64  # tokens after a prompt
-Fault = Callable[[int, dict[str, Any]], Any]  # (number of the request, its body) -> status, "hang", "cut", a body, None
+Fault = Callable[[int, dict[str, Any]], Any]  # (number of the request, its body) -> status, FAULTS, a body, None
+FAULTS = ("hang", "cut", "die")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,8 +38,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 server.together -= 1
 
     def _respond(self, fault: Any, body: dict[str, Any]) -> None:
+        if fault == "die":
+            self.server.stop()
         if fault == "hang":
             self.server.released.wait()
+        if fault == "hang" or self.server.stopped:
             self.close_connection = True
             return
         if isinstance(fault, int):
@@ -65,19 +69,27 @@ class EngineServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, lm: LanguageModel, fault: Fault = lambda number, body: None, *, processed: bool = False) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(
+        self, lm: LanguageModel, fault: Fault = lambda number, body: None, *, processed: bool = False, port: int = 0
+    ) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.engine, self.fault, self.processed = Stepwise(lm, max_new_tokens=LONGEST), fault, processed
         self.lock, self.released = threading.Lock(), threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.together = self.most_together = 0
+        self.stopped = False
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """No more answers, and no more connections."""
+        with self.lock:
+            if self.stopped:
+                return
+            self.stopped = True
         self.released.set()
         self.shutdown()
         self.server_close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import threading
 import types
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from engine_server import EngineServer  # noqa: E402
 from toys import Paid, fast_tokenizer  # noqa: E402
 
 import dts  # noqa: E402
+from dts.errors import EngineError  # noqa: E402
 from dts.lm import Tail, TailRequest  # noqa: E402
 from dts.models.engines.dialects import DIALECTS  # noqa: E402
 from dts.models.engines.http import Server  # noqa: E402
@@ -40,7 +44,7 @@ def serve():
 
     yield start
     for server in started:
-        server.close()
+        server.stop()
 
 
 def load(server, **options):
@@ -99,9 +103,11 @@ def test_a_server_that_stays_away_ends_the_run_with_one_line_after_the_wait():
         now[0] += seconds
 
     engine = Server("http://127.0.0.1:9/v1", DIALECTS["vllm"], "m", top=3, wait=20, clock=lambda: now[0], sleep=sleep)
-    with pytest.raises(dts.UnavailableError) as caught:
+    with pytest.raises(EngineError) as caught:
         EngineModel(engine, Tokens(TOKENIZER), "m", top=3).complete([TailRequest((1,), (), 1, 0, 3)])
-    assert "could not be reached (ConnectError), for 20 seconds" in str(caught.value)
+    assert re.search(
+        r"could not be reached \(ConnectError\), \d+ times in \d+ seconds; .* longer wait=", str(caught.value)
+    )
     assert "\n" not in str(caught.value) and 5 < now[0] <= 20
 
 
@@ -153,13 +159,46 @@ def test_a_server_that_ignores_the_bar_is_found_out(serve):
         load(serve(certain, ignores))
 
 
-def test_many_requests_at_once_are_not_mixed_up(serve):
-    together = threading.Barrier(16)
-    server = serve(LM, lambda number, body: together.wait(60) and None if number < 16 else None)
-    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=16)
-    requests = [TailRequest((1, 1 + i % 7), (), 4, i, 3) for i in range(300)]
-    expected = direct().engine.complete(requests)
-    assert [(t.tokens, t.rows) for t in engine.complete(requests)] == [(t.tokens, t.rows) for t in expected]
+class CountedLikeTheServer:
+    """Tails in process, with the tokens that the server says it computed: all but the drawn ones were cached."""
+
+    max_top = 8
+
+    def __init__(self):
+        self._engine = Stepwise(LM, max_new_tokens=64)
+
+    def complete(self, requests):
+        return [replace(tail, computed=len(tail.tokens)) for tail in self._engine.complete(requests)]
+
+
+def counted(result):
+    """All of its usage that is no time."""
+    return {name: value for name, value in asdict(result.usage).items() if "seconds" not in name}
+
+
+@pytest.mark.parametrize("rollouts", [160, pytest.param(1000, marks=pytest.mark.minutes)])
+def test_faults_change_no_rollout_and_no_count_of_many_at_once(serve, rollouts):
+    """16 requests at once, of which every third fails in one of three ways: each search is that of an undisturbed
+    engine, so none is mixed up with another."""
+    together, faults = threading.Barrier(16), (429, 500, "cut")
+
+    def fault(number, body):
+        if number < 16:
+            together.wait(60)
+        return faults[number // 3 % 3] if number % 3 == 0 else None
+
+    server = serve(LM, fault)
+    lm, slept = patient(server, concurrency=16)
+    prompts = [[1, 1 + i % 7, 1 + i // 7 % 7] for i in range(rollouts // 10)]
+    options = {"reward": Paid(2), "method": BestOfN(10), "max_new_tokens": 6, "batch_size": 64, "width": 4, "seed": 1}
+    found = list(dts.decode_many(lm, prompts, **options))
+    calm = EngineModel(CountedLikeTheServer(), Tokens(TOKENIZER), "calm", top=3)
+    wanted = list(dts.decode_many(calm, prompts, **options))
+    assert [facts(one) for one in found] == [facts(one) for one in wanted]
+    assert sum(len(one.rollouts) for one in found) == rollouts
+    assert [counted(one) for one in found] == [counted(one) for one in wanted]
+    asked = sum(one.usage.model_calls for one in found)
+    assert len(server.requests) == asked + len(slept) and len(slept) == -(-len(server.requests) // 3)
     assert server.most_together == 16
 
 
@@ -176,13 +215,104 @@ def test_all_searches_of_a_run_feed_one_engine(serve):
         assert [r.text for r in one.rollouts] == [r.text for r in alone.rollouts]
 
 
-def test_a_failure_of_one_request_ends_the_others_first(serve):
-    """Nothing is left under way that would be counted later."""
-    server = serve(LM, lambda number, body: 400 if body["prompt"] == [1, 2] else None)
+def fails(found):
+    """The messages of what failed, by place."""
+    return {place: str(one) for place, one in enumerate(found) if isinstance(one, Exception)}
+
+
+def asked(count):
+    return [TailRequest((1, 1 + i % 7), (), 2, i, 3) for i in range(count)]
+
+
+def answers(prompt, status):
+    """A fault that a prompt has."""
+    return lambda number, body: status if body["prompt"] == prompt else None
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, {"choices": []}])
+def test_what_a_server_says_of_one_request_leaves_the_others_alone(serve, status):
+    server = serve(LM, answers([1, 2], status))
     engine = Server(server.url, DIALECTS["vllm"], "m", top=3)
-    with pytest.raises(dts.UnavailableError, match="status 400"):
-        engine.complete([TailRequest((1, 1 + i % 7), (), 2, i, 3) for i in range(20)])
+    found, wanted = engine.complete(asked(20)), direct().engine.complete(asked(20))
+    assert list(fails(found)) == [1, 8, 15]
+    assert all(
+        f"status {status}" in text or ("without token ids" in text and isinstance(status, dict))
+        for text in fails(found).values()
+    )
+    drawn = [[(a.tokens, a.rows) for i, a in enumerate(one) if i % 7 != 1] for one in (found, wanted)]
+    assert drawn[0] == drawn[1]
     assert len(server.requests) == 20
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    (500, r"answered with status 500, \d+ times in \d+ seconds, and answered other requests; look at this one"),
+    ("hang", r"did not answer within 0\.201 seconds, \d+ times in \d+ seconds, and answered .* longer timeout="),
+])  # fmt: skip
+def test_a_request_that_a_server_which_answers_others_cannot_do_fails_alone(serve, fault, said):
+    others, ticks, vllm = threading.Event(), itertools.count(), DIALECTS["vllm"]
+    engine = Server(
+        serve(LM, answers([1, 2], fault)).url, vllm, "m", top=3, timeout=0.2, wait=20, clock=lambda: next(ticks),
+        sleep=lambda seconds: others.wait(60),
+    )  # fmt: skip
+    engine._dialect = types.SimpleNamespace(body=vllm.body, tail=lambda *got: others.set() or vllm.tail(*got))
+    ((place, text),) = fails(engine.complete(asked(7))).items()
+    assert place == 1 and re.search(said, text) and "\n" not in text
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    (401, "status 401"), (403, "status 403"), (404, "status 404"), (503, "status 503, 1 times"),
+    ("cut", r"could not be reached \(RemoteProtocolError\)"), ("hang", r"did not answer within .* longer timeout="),
+])  # fmt: skip
+def test_a_server_that_answers_nobody_is_given_up_once_for_all_requests(serve, fault, said):
+    """Hundreds of requests that wait for their turn do not try each for itself."""
+    server = serve(LM, lambda number, body: fault)
+    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=4, timeout=0.1, wait=1e-6)
+    with pytest.raises(EngineError, match=said):
+        engine.complete(asked(300))
+    assert len(server.requests) <= 4
+
+
+def test_a_longer_tail_has_more_time_and_nothing_else_has(serve):
+    seconds = []
+    engine = Server(serve(LM).url, DIALECTS["vllm"], "m", top=3)
+    send = engine._send
+    engine._send = lambda body, time: seconds.append((body["max_tokens"], time)) or send(body, time)
+    engine.complete([TailRequest((1,), (), limit, 0, 3) for limit in (1, 32)])
+    assert sorted(seconds) == [(1, 120 * (1 + 1 / 512)), (32, 127.5)]
+
+
+def many(lm, prompts, **options):
+    options = {"reward": Paid(2), "method": MaxEnt(5, search="best"), "max_new_tokens": 5, "width": 2, **options}
+    return dts.decode_many(lm, prompts, batch_size=8, seed=1, **options)
+
+
+@pytest.mark.parametrize("longest", [2, 4])
+def test_a_prompt_that_the_engine_refuses_fails_alone(serve, longest):
+    """When it is opened, and in the middle of its search."""
+    prompts = [[1, 2], [2, 2], [1, 3], [2, 4], [1, 5]]
+    fault = lambda number, body: 400 if body["prompt"][0] == 2 and len(body["prompt"]) >= longest else None  # noqa: E731
+    refused = load(serve(LM, fault))
+    found, calm = list(many(refused, prompts, errors="return")), list(many(load(serve(LM)), prompts))
+    assert [(i, "status 400" in text, text[:8]) for i, text in fails(found).items()] == [
+        (1, True, "prompt 1"), (3, True, "prompt 3"),
+    ]  # fmt: skip
+    assert [facts(found[i]) for i in (0, 2, 4)] == [facts(calm[i]) for i in (0, 2, 4)]
+    results = many(refused, prompts)
+    assert facts(next(results)) == facts(calm[0])
+    with pytest.raises(dts.UnavailableError, match=r"prompt 1: engine at .* status 400"):
+        next(results)
+
+
+def test_a_server_that_is_gone_ends_all_searches_at_once(serve):
+    """Not one after another, each with a wait. Here it stops where one search asks for an unlisted token."""
+    server = serve(LM, lambda number, body: "die" if body.get("logit_bias") and number > 2 else None)
+    lm = load(server, wait=1e-6, top=1)
+    tries = []
+    send = lm.engine._send
+    lm.engine._send = lambda *args: tries.append(server.stopped) or send(*args)
+    with pytest.raises(EngineError, match="could not be reached"):
+        list(many(lm, [[1, 2], [1, 3], [1, 4], [1, 5]], errors="return", width=2))
+    assert server.stopped and tries.count(True) <= 1
 
 
 # ---- what a user may write ----

@@ -19,7 +19,7 @@ from dts.models.batch import Room
 from dts.models.huggingface import HFModel
 from dts.models.prefixes import Prefix, Prefixes
 from dts.models.sessions import TreeSession, full_logits
-from dts.models.table import TableModel, random_logits
+from dts.models.table import TableModel, TableSession, random_logits
 from dts.search import METHODS, BestOfN, MaxEnt, Sampling
 from dts.search.many import OneByOne
 
@@ -279,6 +279,25 @@ def test_an_error_of_another_kind_keeps_its_type_and_names_the_prompt():
     with pytest.raises(KeyError, match="mine") as raised:
         next(results)
     assert raised.value.__notes__ == ["at prompt 1 of decode_many"]
+
+
+def test_a_model_that_fails_on_one_prompt_leaves_the_others_alone(monkeypatch):
+    """In the middle of a search, with a model whose sessions are extended one after another."""
+    extend = TableSession.extend
+
+    def fails(self, parents, tokens):
+        if self._prefixes[0] == (2,):
+            raise KeyError("mine")
+        return extend(self, parents, tokens)
+
+    prompts = [(1,), (2,), (3,)]
+    calm = list(dts.decode_many(TABLE, prompts, method=BestOfN(3), reward=letters, **SMALL))
+    monkeypatch.setattr(TableSession, "extend", fails)
+    first, failed, last = dts.decode_many(TABLE, prompts, method=BestOfN(3), reward=letters, errors="return", **SMALL)
+    assert isinstance(failed, KeyError) and failed.__notes__ == ["at prompt 1 of decode_many"]
+    assert [[r.text for r in one.rollouts] for one in (first, last)] == [
+        [r.text for r in one.rollouts] for one in (calm[0], calm[2])
+    ]
 
 
 def test_prompts_that_raise_are_named_after_the_results_before_them():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dts.errors import raised
 from dts.lm import PROMPT_SLOT, Batch, LanguageModel, Session, Tail, TailRequest
 
 Ids = tuple[int, ...]
@@ -106,7 +107,7 @@ class Stepwise:
                 for prompt, walks in part
             ]
             if self._batch is not None:
-                slots = self._batch.extend(asked)
+                slots = [raised(new) for new in self._batch.extend(asked)]
             else:
                 slots = [session.extend(parents, tokens) for session, parents, tokens in asked]
             for (prompt, walks), new in zip(part, slots, strict=True):

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dts.errors import ModelError
+from dts.errors import ModelError, raised
 from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
 from dts.results import Usage
 from dts.rewards import Prompt
@@ -91,29 +91,35 @@ class EngineModel:
     def open(
         self, prompt_ids: Sequence[int], *, batch_size: int, max_new_tokens: int, max_kv_bytes: int | None = None
     ) -> TailSession:
-        (session,) = self.open_all([prompt_ids], max_new_tokens)
-        return session
+        return raised(self.open_all([prompt_ids], max_new_tokens)[0])
 
-    def open_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[TailSession]:
-        """Sessions of several prompts, which go through the model together."""
+    def open_all(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[TailSession | Exception]:
+        """Sessions of several prompts, which go through the model together, or what went wrong with one alone."""
         requests = [TailRequest(tuple(ids), (), 1, 0, self.top) for ids in prompts]
-        tails = self.complete(requests)
-        return [TailSession(self, tuple(ids), tail, max_new_tokens) for ids, tail in zip(prompts, tails, strict=True)]
+        return [
+            tail if isinstance(tail, Exception) else TailSession(self, request.prompt, tail, max_new_tokens)
+            for request, tail in zip(requests, self.each(requests), strict=True)
+        ]
 
     def batch(self, *, prompts: int, width: int, max_new_tokens: int, max_kv_bytes: int | None = None) -> TailBatch:
         """Sessions of up to `prompts` prompts, whose requests the engine gets together."""
         return TailBatch(self, prompts, max_new_tokens)
 
     def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
-        """One tail for each request. Raises `ModelError` where one cannot be right."""
+        """One tail for each request. Raises what went wrong with one."""
+        return [raised(tail) for tail in self.each(requests)]
+
+    def each(self, requests: Sequence[TailRequest]) -> list[Tail | Exception]:
+        """One tail for each request, or what went wrong with it alone; `ModelError` where a tail cannot be right."""
         tails = self.engine.complete(requests) if requests else []
-        for request, tail in zip(requests, tails, strict=True):
-            if problem := self._problem(request, tail):
-                raise ModelError(
-                    f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must "
-                    "give log-probabilities of the distribution that it draws from"
-                )
-        return tails
+        return [self._checked(request, tail) for request, tail in zip(requests, tails, strict=True)]
+
+    def _checked(self, request: TailRequest, tail: Tail | Exception) -> Tail | Exception:
+        problem = None if isinstance(tail, Exception) else self._problem(request, tail)
+        return tail if problem is None else ModelError(
+            f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must give "
+            "log-probabilities of the distribution that it draws from"
+        )  # fmt: skip
 
     def _problem(self, request: TailRequest, tail: Tail) -> str | None:
         """What shows that an answer cannot be right."""
@@ -193,7 +199,7 @@ class TailSession:
     # -- Session ---------------------------------------------------------------------------------------------------
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        return extend_all(self._lm, [(self, parents, tokens)])[0]
+        return raised(extend_all(self._lm, [(self, parents, tokens)])[0])
 
     def logits(self, slots: Sequence[int]) -> torch.Tensor:
         rows = torch.full((len(slots), self._lm.vocab_size + 1), -math.inf, dtype=torch.double)
@@ -294,8 +300,11 @@ def _unbarred(tail: Tail, request: TailRequest, log_left: float) -> float:
     return min(row[tail.tokens[0]] + (0.0 if before else log_left), log_left)
 
 
-def extend_all(lm: EngineModel, asked: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
-    """`Session.extend` of several sessions of tails: what is not stored is asked for together."""
+def extend_all(
+    lm: EngineModel, asked: Sequence[tuple[Session, Sequence[int], Sequence[int]]]
+) -> list[list[int] | Exception]:
+    """`Session.extend` of several sessions of tails: what is not stored is asked for together. In the place of slots
+    stands what went wrong with a session's requests."""
     sessions = [session for session, _, _ in asked if isinstance(session, TailSession)]
     pairs = [list(zip(parents, tokens, strict=True)) for _, parents, tokens in asked]
     missing = [
@@ -303,10 +312,17 @@ def extend_all(lm: EngineModel, asked: Sequence[tuple[Session, Sequence[int], Se
         for session, wanted in zip(sessions, pairs, strict=True)
         for pair, request in session.requests(wanted).items()
     ]
-    tails = lm.complete([request for _, _, request in missing])
+    tails = lm.each([request for _, _, request in missing])
+    wrong: dict[int, Exception] = {}
     for (session, pair, request), tail in zip(missing, tails, strict=True):
-        session.adopt(*pair, request, tail)
-    return [[session.slot(*pair) for pair in wanted] for session, wanted in zip(sessions, pairs, strict=True)]
+        if isinstance(tail, Exception):
+            wrong.setdefault(id(session), tail)
+        else:
+            session.adopt(*pair, request, tail)
+    return [
+        wrong[id(session)] if id(session) in wrong else [session.slot(*pair) for pair in wanted]
+        for session, wanted in zip(sessions, pairs, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -334,7 +350,7 @@ class TailBatch:
             return []
         return list(zip(keys, self.lm.open_all(ids, self.max_new_tokens), strict=True))
 
-    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int]]:
+    def extend(self, requests: Sequence[tuple[Session, Sequence[int], Sequence[int]]]) -> list[list[int] | Exception]:
         return extend_all(self.lm, requests)
 
     def close(self, key: int) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dts.errors import UnavailableError
+from dts.errors import EngineError, UnavailableError
 from dts.lm import Tail, TailRequest
 from dts.models.engines.dialects import BAR
 
@@ -28,21 +28,35 @@ class InProcess:
         try:
             self.llm = vllm.LLM(source, **given)
         except Exception as error:  # an option, the weights, the card: it fails in as many ways as it has parts
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UnavailableError(f"vllm:{source} did not start ({type(error).__name__}: {line})") from error
+            raise UnavailableError(f"vllm:{source} did not start ({type(error).__name__}: {_line(error)})") from error
         self._params = vllm.SamplingParams
 
     @property
     def max_top(self) -> int:
         return int(self.llm.llm_engine.model_config.get_vocab_size())
 
-    def complete(self, requests: Sequence[TailRequest]) -> list[Tail]:
+    def complete(self, requests: Sequence[TailRequest]) -> list[Tail | Exception]:
+        try:
+            return list(self._drawn(requests))
+        except ValueError as error:  # vLLM refuses one of them, and with it the others
+            if len(requests) == 1:
+                return [UnavailableError(f"vLLM refused a request: {_line(error)}")]
+            half = len(requests) // 2
+            return [*self.complete(requests[:half]), *self.complete(requests[half:])]
+        except Exception as error:
+            raise EngineError(f"vLLM failed ({type(error).__name__}: {_line(error)}); load the model again") from error
+
+    def _drawn(self, requests: Sequence[TailRequest]) -> list[Tail]:
         prompts = [{"prompt_token_ids": [*request.prompt, *request.tokens]} for request in requests]
         params = [self._params(
             max_tokens=request.limit, seed=request.seed, logprobs=request.top, temperature=1.0, detokenize=False,
             logit_bias=dict.fromkeys(request.barred, BAR) or None,
         ) for request in requests]  # fmt: skip
         return [_tail(output) for output in self.llm.generate(prompts, params, use_tqdm=False)]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tail(output: Any) -> Tail:
