@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 AnyReward = Reward | Callable[..., Any]
 Outcome = Result | Exception
 Ended = tuple[int, Outcome]  # the index of a prompt and what became of it
-LATER: Any = (
-    object()
-)  # what `prompts` may yield for "none at the moment": those in flight continue, then it is asked again
+LATER: Any = object()  # `prompts` may yield it for "none at the moment": it is asked again once those in flight moved
 AHEAD = 4  # results that may wait for their turn, in multiples of the prompts in flight
 
 
