@@ -318,6 +318,8 @@ def panel(axes: Axes, methods: Methods, value: Callable[[Record], float]) -> Non
             linestyle="none", elinewidth=1,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("{x:.0f}")
 
 
 def main() -> None:
