@@ -213,27 +213,27 @@ def llamppl(lm: HFModel, paths: int) -> dict[str, Run]:
     }
 
 
-def its_hub_server(lm: HFModel) -> Any:
-    """Class of servers that answer by `lm`."""
+def its_hub_server() -> Any:
+    """Class of servers that answer by a function of this process."""
     from its_hub import AbstractLanguageModel
 
     @dataclass
     class Server(AbstractLanguageModel):
         """Completes the text it is sent. `batched`: concurrent single requests are answered together."""
 
+        complete: Callable[[list[str], int], list[str]]  # (texts, new tokens of each) -> what follows them
         batched: bool
         max_tokens: int = 0
-        returned: int = 0
         _waiting: list[tuple[str, asyncio.Future[dict[str, str]]]] = field(default_factory=list)
 
         async def agenerate(self, messages: Any, stop: Any = None, **options: Any) -> list[dict[str, str]]:
             texts = ["".join(part.content for part in conversation) for conversation in messages]
-            return self._complete(texts, options["max_completion_tokens"])
+            return self._answers(texts, options["max_completion_tokens"])
 
         async def agenerate_single(self, messages: Any, stop: Any = None, **options: Any) -> dict[str, str]:
             text = "".join(part.content for part in messages)
             if not self.batched:
-                return self._complete([text], self.max_tokens)[0]
+                return self._answers([text], self.max_tokens)[0]
             answer = asyncio.get_running_loop().create_future()
             self._waiting.append((text, answer))
             count = 0
@@ -243,25 +243,17 @@ def its_hub_server(lm: HFModel) -> Any:
             if self._waiting:
                 texts, answers = zip(*self._waiting, strict=True)
                 self._waiting.clear()
-                for future, completed in zip(answers, self._complete(texts, self.max_tokens), strict=True):
+                for future, completed in zip(answers, self._answers(list(texts), self.max_tokens), strict=True):
                     future.set_result(completed)
             return await answer
 
-        @torch.inference_mode()
-        def _complete(self, texts: Any, tokens: int) -> list[dict[str, str]]:
-            batch = lm.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left")
-            out = lm.model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True, temperature=1.0,
-                max_new_tokens=tokens, top_k=0, top_p=1.0, pad_token_id=lm.tokenizer.eos_token_id,
-            )  # fmt: skip
-            new = out[:, batch["input_ids"].shape[1] :]
-            self.returned += new.numel()
-            return [{"role": "assistant", "content": text} for text in lm.tokenizer.batch_decode(new)]
+        def _answers(self, texts: list[str], tokens: int) -> list[dict[str, str]]:
+            return [{"role": "assistant", "content": text} for text in self.complete(texts, tokens)]
 
     return Server
 
 
-def its_hub_rewards() -> tuple[Any, Any]:
+def its_hub_rewards(reward: Callable[[str], float]) -> tuple[Any, Any]:
     """`reward` of whole answers, and of steps."""
     from its_hub import AbstractOutcomeRewardModel, AbstractProcessRewardModel
 
@@ -282,28 +274,49 @@ def its_hub_rewards() -> tuple[Any, Any]:
     return Whole(), Steps()
 
 
+@dataclass
+class Completions:
+    """By `generate`, from texts that are tokenized anew each time."""
+
+    lm: HFModel
+    returned: int = 0  # tokens
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[str], tokens: int) -> list[str]:
+        batch = self.lm.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        out = self.lm.model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=True, temperature=1.0,
+            max_new_tokens=tokens, top_k=0, top_p=1.0, pad_token_id=self.lm.tokenizer.eos_token_id,
+        )  # fmt: skip
+        new = out[:, batch["input_ids"].shape[1] :]
+        self.returned += new.numel()
+        return self.lm.tokenizer.batch_decode(new)
+
+
 def its_hub(lm: HFModel, paths: int) -> dict[str, Run]:
     from its_hub import BestOfN
     from its_hub.core.algorithms.particle_gibbs import ParticleFiltering
     from its_hub.core.lms.step_generation import StepGeneration
     from its_hub.core.orchestrator import LMOrchestrator
 
-    server_class, (whole, by_steps) = its_hub_server(lm), its_hub_rewards()
+    server_class, (whole, by_steps) = its_hub_server(), its_hub_rewards(reward)
 
     def best_of_n(ids: list[int], tokens: int, batched: bool) -> int:
-        server = server_class(batched, tokens)
+        complete = Completions(lm)
+        server = server_class(complete, batched, tokens)
         algorithm = BestOfN(whole, LMOrchestrator(max_concurrency=-1))
         result = algorithm.infer(server, lm.decode(ids), paths, return_response_only=False)
         assert len(result.responses) == paths
-        return server.returned
+        return complete.returned
 
     def particle_filter(ids: list[int], tokens: int) -> int:
-        server = server_class(batched=True)
+        complete = Completions(lm)
+        server = server_class(complete, batched=True)
         # It makes one step more than max_steps.
         steps = StepGeneration(max_steps=tokens // STEP - 1, tokens_per_step=STEP, temperature=1.0)
         found = ParticleFiltering(steps, by_steps).infer(server, lm.decode(ids), paths, return_response_only=False)
         assert len(found.responses) == paths
-        return server.returned
+        return complete.returned
 
     return {
         "its-hub: best-of-N": lambda ids, tokens: best_of_n(ids, tokens, False),

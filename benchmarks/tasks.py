@@ -58,6 +58,7 @@ METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget 
     "DTS*, constrained": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
 }
 CONSTRAINED = ", constrained"
+PEERS = ("its-hub best-of-n", "its-hub particle filter", "treequest AB-MCTS")  # see task_peers.py
 KEY = ("task", "samples", "budget", "max_tokens", "model", "data_dir")
 Record = dict[str, Any]
 Methods = dict[str, list[Record]]  # the records of each, in the order of the problems
@@ -89,17 +90,36 @@ def block(lm: Any, task: Any, name: str, places: Sequence[int], options: argpars
     ]
 
 
+def peer_block(lm: Any, task: Any, name: str, places: Sequence[int], options: argparse.Namespace) -> list[Record]:
+    """A peer's own code on some problems, one after another."""
+    from task_peers import answered  # beside this file
+
+    rows, limit = [], options.max_tokens or task.max_tokens
+    for place in places:
+        example, begun = task.examples[place], time.process_time()
+        made = answered(name, lm, example.prompt, task.reward(example), options.budget, limit, task.stop,
+                        SEED + 1000 * place + 1)  # fmt: skip
+        made["seconds"] = time.process_time() - begun
+        text = answer(task, example.id, *(made[key] for key in ("text", "reward", "logprob", "n_tokens")))
+        rows.append({**heading(task, example.id, name, options), **made, **text, "drawn": []})
+    return rows
+
+
+def heading(task: Task, name: str, method: str, options: argparse.Namespace) -> Record:
+    """What tells a record from others."""
+    return {"task": task.name, "model": options.model, "samples": options.samples, "budget": options.budget,
+            "max_tokens": options.max_tokens or task.max_tokens, "data_dir": options.data_dir, "method": method,
+            "id": name}  # fmt: skip
+
+
 def record(task: Task, name: str, method: str, result: Result, seconds: float, options: argparse.Namespace) -> Record:
     usage = result.usage
     # A search whose tokens ended before its first text gives an empty answer.
     best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
-    head = {"task": task.name, "model": options.model, "samples": options.samples, "budget": options.budget,
-            "max_tokens": options.max_tokens or task.max_tokens, "data_dir": options.data_dir, "method": method,
-            "id": name}  # fmt: skip
     by_ids = {one.token_ids: one for one in result.completions}
     drawn = [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts] if method == SAMPLES else []
     return {
-        **head,
+        **heading(task, name, method, options),
         "prompt_tokens": usage.prompt_tokens,
         "tokens": usage.forwarded_tokens - (usage.prompt_tokens - usage.cached_tokens),
         "seconds": seconds,
@@ -160,7 +180,8 @@ def run(lm: Any, task: Task, options: argparse.Namespace, rows: list[Record]) ->
             if all((name, one) in done for one in ids):
                 continue
             samples = [done[SAMPLES, one] for one in ids] if name != SAMPLES else []
-            new = block(lm, task, name, places, options, samples)
+            new = (peer_block(lm, task, name, places, options) if name in PEERS else
+                   block(lm, task, name, places, options, samples))  # fmt: skip
             new = [row for row in new if (row["method"], row["id"]) not in done]
             done |= {(r["method"], r["id"]): r for r in new}
             with options.output.open("a", encoding="utf-8") as file:
@@ -297,13 +318,16 @@ def panel(axes: Axes, methods: Methods, value: Callable[[Record], float]) -> Non
             linestyle="none", elinewidth=1,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("{x:.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="instructions", help="a listed task, or the path of a task file")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *PEERS], default=list(METHODS),
+                        help="default: all but the peers' own code, which needs their packages")  # fmt: skip
     parser.add_argument("--samples", type=int, default=16, help="N of best-of-N")
     parser.add_argument("--budget", type=int, default=16, help="of the other methods, in samples")
     parser.add_argument("--problems", type=int, help="of the task; default: all")
@@ -330,7 +354,7 @@ def main() -> None:
             torch.set_num_threads(1)
             task = load_task(options.task, num_samples=options.problems, data_dir=options.data_dir)
             run(dts.load(options.model), task, options, rows)
-    except dts.DTSError as error:
+    except (dts.DTSError, ImportError) as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     rows = read(options.output)
     print(report(rows))

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import dts
 from dts.errors import UnavailableError, UsageError
 from dts.evaluation.data.programs import examples, read_human_eval
 from dts.evaluation.tasks import TASKS, load_task, oracle, reasoning, schemas
 from dts.evaluation.tasks.reasoning import VERIFIERS
 from dts.rewards import Context, Finished
+from dts.search import Greedy
 
 HEAD = "import math\n\ndef helper(x):\n    return x + 1\n\n"
 DOC = '    """Add one.\n    >>> add(1)\n    2\n    >>> add(-1)\n    0\n    """\n'
@@ -397,6 +399,68 @@ def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, ca
     both = bench.read(options.output)
     assert len(both) == 18 and bench.report(both).count("3 problems, up to") == 2  # other data are another table
     assert "**keyword** from mine, tiny" in bench.report(both)
+
+
+@pytest.fixture
+def peers(bench, monkeypatch):
+    """The module with the peers' own code, as tasks.py finds it."""
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(bench.__file__).parent))
+    import task_peers
+
+    yield task_peers
+    sys.modules.pop("task_peers"), sys.modules.pop("peers")
+
+
+def options_of(path, *methods):
+    return SimpleNamespace(
+        model="tiny", methods=methods, samples=4, budget=3, max_tokens=20, block=2, data_dir=None, output=path
+    )
+
+
+def test_answers_of_peers_are_rows_like_the_others_and_all_their_tokens_count(
+    bench, peers, tiny_lm, monkeypatch, tmp_path
+):
+    def twice(model, reward, n, limit):
+        first = model.complete([""], 4)[0]
+        return max([first, *model.complete([first, "ab"], 2)], key=reward)
+
+    positions = []  # of each request of the peer, padding apart
+    follow = peers.Model.follow
+
+    def followed(model, prompts, limit):
+        before, texts = model.tokens, follow(model, prompts, limit)
+        positions.append(model.tokens - before - sum(map(len, prompts)))
+        return texts
+
+    monkeypatch.setitem(peers.PEERS, "its-hub best-of-n", twice)
+    monkeypatch.setattr(peers.Model, "follow", followed)
+    options, task = options_of(tmp_path / "tasks.jsonl", "its-hub best-of-n"), load_task("keyword", num_samples=2)
+    bench.run(tiny_lm, task, options, [])
+    rows = bench.read(options.output)
+    ours, theirs = (next(row for row in rows if row["method"] == name) for name in ("best-of-n", "its-hub best-of-n"))
+    assert set(theirs) == set(ours)
+    assert theirs["prompt_tokens"] == ours["prompt_tokens"] and theirs["tokens"] > 2 * ours["prompt_tokens"]
+    assert all(0 <= new <= 3 for new in positions)  # the last token of each text is not read
+    assert "its-hub best-of-n" in bench.report(rows)
+    best = dts.decode(tiny_lm, "ab", method=Greedy(), max_new_tokens=5).best
+    assert peers.log_prob(tiny_lm, tiny_lm.encode("ab"), list(best.token_ids)) == pytest.approx(best.logprob, abs=1e-4)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["its-hub best-of-n", "its-hub particle filter", "treequest AB-MCTS"])
+def test_peers_answer_with_their_own_code(bench, peers, tiny_lm, tmp_path, name):
+    pytest.importorskip("its_hub" if name.startswith("its") else "treequest")
+    task, rows = load_task("keyword", num_samples=2), []
+    for _ in range(2):
+        options = options_of(tmp_path / f"{len(rows)}.jsonl", name)
+        bench.run(tiny_lm, task, options, [])
+        rows.append([{**row, "seconds": 0} for row in bench.read(options.output) if row["method"] == name])
+    assert rows[0] == rows[1] and len(rows[0]) == 2  # the seed decides
+    for row in rows[0]:
+        assert row["rollouts"] == 3 and row["n_tokens"] <= 20 and row["tokens"] >= 2 * row["prompt_tokens"]
 
 
 def test_the_figure_has_each_method_at_its_tokens_with_the_interval_of_the_table(bench, monkeypatch, tmp_path):
