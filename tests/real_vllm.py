@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,10 +53,22 @@ def server() -> Iterator[str]:
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
+        await_health(f"http://127.0.0.1:{port}/health", process)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait()
+
+
+def await_health(address: str, process: subprocess.Popen[bytes]) -> None:
+    """Until the server answers; `dts.load` itself fails at once where none does."""
+    while True:
+        with contextlib.suppress(OSError):  # nobody listens yet
+            urllib.request.urlopen(address, timeout=10).close()
+            return
+        if process.poll() is not None:
+            raise SystemExit(f"vLLM's server ended with code {process.returncode}")
+        time.sleep(1)
 
 
 def differences(lm: Any, reference: Any) -> float:
