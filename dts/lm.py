@@ -51,7 +51,11 @@ class Stored(Protocol):
 
     def draft(self, slot: int) -> int | None:
         """A token after this slot that the engine has drawn from p, independently of all that a search knows; None
-        where it has drawn none. A search may take it for its first draw there, and for no other."""
+        where it has drawn none, or no more. Each is given once: a search may take it for one draw there."""
+
+    def expect(self, paths: Mapping[tuple[int, int], int], *, to_end: bool) -> None:
+        """How many paths wait, by slot and token, for what is asked for next. Each of them walks on a tail of its own;
+        to_end: as far as the tail may go."""
 
     def others(self, slots: Sequence[int]) -> list[int]:
         """For each slot a draw from p among the tokens that its row does not list; the row lists it afterwards."""

@@ -38,6 +38,10 @@ class Policy(Protocol):
     def distinct(self) -> bool:
         """A path that comes to a node which another is expanding waits until the new child is there, then selects."""
 
+    @property
+    def independent(self) -> bool:
+        """Paths are draws from p that walk to their ends."""
+
     def arrived(self, nodes: Sequence[int]) -> Iterable[Reading]:
         """These nodes were evaluated. Yields what has to be read."""
 
@@ -63,7 +67,7 @@ class Policy(Protocol):
 class Plain:
     """What most policies do: draw new children from p, prune nothing, learn nothing."""
 
-    distinct = False
+    distinct = independent = False
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -129,6 +133,8 @@ def rollouts(search: Search, policy: Policy) -> Steps:
             continue  # fill the batch before paying for a forward call
         if not paths:
             return False
+        if policy.independent:
+            search.expect([path.node for path in paths])
         nodes = list(dict.fromkeys(path.node for path in paths))
         yield nodes
         yield from policy.arrived(nodes)

@@ -266,11 +266,17 @@ def _columns(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
     weights = _tilted(mass, tilts) if any(tilts) else mass
     numbers = torch.tensor(uniforms, dtype=mass.dtype, device=mass.device)[:, None]
     if any(draft != NONE for draft in drafts):
-        weights, numbers = _after_drafts(p, weights, numbers, torch.tensor(drafts, device=p.device)[:, None])
-    cumulative = weights.cumsum(-1)
-    target = numbers * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=mass.shape[-1] - 1)
+        tokens = _after_drafts(p, weights, numbers, torch.tensor(drafts, device=p.device)[:, None])
+    else:
+        tokens = _inverse(weights, numbers)
     return _chosen(readings, p, mass, tokens)
+
+
+def _inverse(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws [B, 1] from rows of weights [B, V] by uniforms [B, 1]."""
+    cumulative = weights.cumsum(-1)
+    found = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return found.clamp(max=weights.shape[-1] - 1)
 
 
 def _outside(readings: Sequence[Reading], p: torch.Tensor) -> torch.Tensor:
@@ -293,22 +299,25 @@ def _listed_first(mass: torch.Tensor, vocab: int) -> torch.Tensor:
     return listed
 
 
-def _after_drafts(
-    p: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor, drafts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [B, V] and uniforms [B, 1] for draws that keep drafts [B, 1], draws from p, as often as can be.
+def _after_drafts(p: torch.Tensor, weights: torch.Tensor, uniforms: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+    """Draws [B, 1] from rows of weights [B, V] that keep drafts [B, 1], draws from p, as often as can be.
 
     With q the normalised weights, a draft a is kept with probability min(1, q(a) / p(a)); else the draw is from
-    max(q - p, 0). Together that is a draw from q (speculative sampling; Leviathan et al., arXiv 2211.17192).
+    max(q - p, 0). Together that is a draw from q (speculative sampling; Leviathan et al., arXiv 2211.17192). Most
+    drafts are kept, so only the other rows are looked at as a whole.
     """
-    q = weights / weights.sum(-1, keepdim=True)
-    at = drafts.clamp(min=0)
-    chance = q.gather(-1, at) / p.gather(-1, at)
-    short = (q - p).clamp(min=0)
-    replaced = (drafts != NONE) & (uniforms >= chance) & (short.sum(-1, keepdim=True) > DUST)
-    kept = (drafts != NONE) & ~replaced
-    weights = torch.where(kept, torch.zeros_like(p).scatter(-1, at, 1.0), torch.where(replaced, short, weights))
-    return weights, torch.where(replaced, (uniforms - chance) / (1 - chance), uniforms)
+    at, total = drafts.clamp(min=0), weights.sum(-1, keepdim=True)
+    chance = weights.gather(-1, at) / total / p.gather(-1, at)
+    tokens = at.clone()
+    rows = ((drafts == NONE) | (uniforms >= chance))[:, 0].nonzero()[:, 0]  # the others are kept
+    if not len(rows):
+        return tokens
+    given, u, chance = drafts[rows] != NONE, uniforms[rows], chance[rows]
+    short = (weights[rows] / total[rows] - p[rows]).clamp(min=0)
+    replaced = given & (short.sum(-1, keepdim=True) > DUST)
+    drawn = _inverse(torch.where(replaced, short, weights[rows]), torch.where(replaced, (u - chance) / (1 - chance), u))
+    tokens[rows] = torch.where(given & ~replaced, at[rows], drawn)
+    return tokens
 
 
 def _chosen(readings: Sequence[Reading], p: torch.Tensor, mass: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

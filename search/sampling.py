@@ -14,6 +14,7 @@ from dts.search.method import GeneratorRun, Run
 from dts.search.paths import Path, Plain, Policy, rollouts
 from dts.search.readings import Readings, most_likely
 from dts.settings import Budget, check_whole
+from dts.tree import NONE
 
 if TYPE_CHECKING:
     from dts.search.search import Search
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 class Ancestral(Plain):
     """Draw from p: an existing child with its own probability, otherwise a new token."""
 
+    independent = True
+
     def select(self, path: Path) -> int | Choice:
         tree, node = self.search.tree, path.node
         if not tree.n_children[node]:
             return Choice.EXPAND
+        if (drafted := self.search.drafted(node)) is not None:
+            return Choice.EXPAND if drafted == NONE else drafted
         u = path.rng.random() * math.exp(tree.log_mass[node])
         last: int | Choice = Choice.EXPAND
         for child in tree.children(node):

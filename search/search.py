@@ -6,6 +6,7 @@ the nodes that the run asks for.
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 import time
@@ -59,6 +60,7 @@ class Search:
         self._states: list[State] = [self._scoring.start(context)]  # reward state by node
         self._rows: dict[int, tuple[torch.Tensor, int]] = {}  # p by node, kept until the next forward call
         self._log_kept: dict[int, tuple[torch.Tensor, int]] = {}  # see `weigh`, kept as long
+        self._drafted: dict[int, list[int]] = {}  # drafts by node, for the draws that follow
         self._ahead: dict[tuple[int, int], State] = {}  # reward states that a glance has computed, kept as long
         self._stops = Stops(decoding.stop, context.decode, special_tokens(lm) if decoding.stop else {})
         self._process = Processors(decoding.logits_processor or ())
@@ -244,16 +246,33 @@ class Search:
         return [named.get(place, token) for place, token in enumerate(tokens)]
 
     def drafts(self, nodes: Sequence[int]) -> Sequence[int]:
-        """For each of these nodes the token that the engine has drawn there, if the next draw is the first; else NONE.
+        """For each of these nodes the token that the engine has drawn there for this draw; NONE where there is none.
         Empty where there are none at all."""
         if self._stored is None:
             return ()
-        found: list[int] = []
-        for place, node in enumerate(nodes):
-            first = not self.tree.n_children[node] and node not in nodes[:place]
-            draft = self._stored.draft(self.tree.slot[node]) if first else None
+        found = []
+        for node in nodes:
+            waiting = self._drafted.get(node)
+            draft = waiting.pop(0) if waiting else self._stored.draft(self.tree.slot[node])
             found.append(NONE if draft is None else draft)
         return found
+
+    def drafted(self, node: int) -> int | None:
+        """The child that the engine's next draft after this node is; NONE where it is none yet, and the next draw there
+        makes it one. None where there is no draft. The caller's paths are draws from p."""
+        draft = self._stored.draft(self.tree.slot[node]) if self._stored is not None else None
+        if draft is None:
+            return None
+        child = self.tree.child_with(node, draft)
+        if child == NONE:
+            self._drafted.setdefault(node, []).append(draft)
+        return child
+
+    def expect(self, nodes: Sequence[int]) -> None:
+        """Paths that are draws from p wait at these nodes, one for each time that a node is named."""
+        if self._stored is not None:
+            waiting = collections.Counter(zip(*self.edges(nodes), strict=True))
+            self._stored.expect(waiting, to_end=not self.decoding.stop)
 
     def _place_stored(self, stored: Stored, children: Sequence[int]) -> None:
         """Children that the engine has told about need no request."""
@@ -441,5 +460,6 @@ class Search:
         other.rollouts, other._states = list(self.rollouts), list(self._states)
         other._finished_by, other._rows, other._log_kept, other._ahead = dict(self._finished_by), {}, {}, {}
         other.members = self.members.copy() if self.members is not None else None
+        other._drafted = {}
         other._stops, other._process = self._stops.copy(), self._process.copy()
         return other

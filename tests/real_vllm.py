@@ -2,6 +2,7 @@
 Python of an environment that has vLLM and what `import dts` needs.
 
     python tests/real_vllm.py [--server] [--speed]
+    python tests/real_vllm.py --equal [--seeds 5]
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import contextlib
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +24,7 @@ ON_CPU = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
 }  # fmt: skip
+COUNTS = ("forwarded_tokens", "cached_tokens", "recomputed_tokens", "generated_tokens", "model_calls")
 MODEL, BLOCK = "smollm2-135m", 32
 PROMPTS = ("The weather today is", "My grandmother always", "The train to the coast", "In the small kitchen,")
 
@@ -49,10 +53,22 @@ def server() -> Iterator[str]:
     ]  # fmt: skip
     process = subprocess.Popen(command)
     try:
+        await_health(f"http://127.0.0.1:{port}/health", process)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait()
+
+
+def await_health(address: str, process: subprocess.Popen[bytes]) -> None:
+    """Until the server answers; `dts.load` itself fails at once where none does."""
+    while True:
+        with contextlib.suppress(OSError):  # nobody listens yet
+            urllib.request.urlopen(address, timeout=10).close()
+            return
+        if process.poll() is not None:
+            raise SystemExit(f"vLLM's server ended with code {process.returncode}")
+        time.sleep(1)
 
 
 def differences(lm: Any, reference: Any) -> float:
@@ -91,8 +107,9 @@ def recomputed(lm: Any) -> tuple[float, Any]:
     return result.usage.recomputed_tokens / BLOCK / len(result.rollouts), result.usage
 
 
-def speed(lm: Any, reference: Any) -> dict[str, float]:
-    """Seconds for 16 texts of 24 tokens after 512: vLLM's own n=16, our Sampling(16) on vLLM, and on the tree cache."""
+def speed(lm: Any, reference: Any, rounds: int) -> dict[str, float]:
+    """CPU seconds for texts of 24 tokens after 512: vLLM's own n=16, our searches on vLLM, and on the tree cache.
+    Medians of rounds in which each has its turn, and ratios of these medians."""
     import dts
     from dts.search import MaxEnt, Sampling
 
@@ -110,14 +127,66 @@ def speed(lm: Any, reference: Any) -> dict[str, float]:
         "Sampling(64) on vLLM": sampled(lm, Sampling(64)), "MaxEnt(64) on vLLM": sampled(lm, MaxEnt(64)),
         "Sampling(16) on the tree cache": sampled(reference, Sampling(16)),
     }  # fmt: skip
-    seconds = {}
-    for name, call in calls.items():
-        if hasattr(lm.engine, "llm"):
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
             lm.engine.llm.reset_prefix_cache()
-        began = time.process_time()
-        call()
-        seconds[name] = time.process_time() - began
-    return seconds
+            began = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - began)
+        print({name: round(times[-1], 2) for name, times in seconds.items()}, file=sys.stderr, flush=True)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians["Sampling(16) / vLLM n=16"] = medians["Sampling(16) on vLLM"] / medians["vLLM n=16"]
+    medians["MaxEnt(64) / Sampling(64)"] = medians["MaxEnt(64) on vLLM"] / medians["Sampling(64) on vLLM"]
+    return medians
+
+
+def equal(lm: Any, reference: Any, prompts: int = 8, seeds: int = 5) -> Iterator[dict[str, Any]]:
+    """Rewards of the same searches on the engine and in transformers, paired by prompt and seed. Yields a line for each
+    method: of the best reward and of the mean one, the mean difference with its 95 % interval."""
+    import dts
+    from dts.evaluation.tasks import load_task
+    from dts.results import Usage
+    from dts.search import BestOfN, MaxEnt
+
+    task = load_task("keyword", num_samples=prompts)
+    asked = [
+        dts.Request(one.prompt, task.reward(one), 1000 * seed + place)
+        for seed in range(seeds) for place, one in enumerate(task.examples)
+    ]  # fmt: skip
+    for method in (BestOfN(16), MaxEnt(16)):
+        found, used = {}, {}
+        for name, model in (("engine", lm), ("transformers", reference)):
+            drawn = dts.decode_many(
+                model, asked, method=method, max_new_tokens=24, stop=task.stop, width=4, batch_size=4 * prompts
+            )
+            found[name], used[name] = [], Usage()
+            for result in drawn:
+                found[name].append([rollout.reward for rollout in result.rollouts])
+                for field in COUNTS:
+                    setattr(used[name], field, getattr(used[name], field) + getattr(result.usage, field))
+        facts = compared(found["engine"], found["transformers"])
+        counts = {name: {field: getattr(usage, field) for field in COUNTS} for name, usage in used.items()}
+        yield {"method": method.name, "searches": len(asked), **facts, "usage": counts}
+
+
+def compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Means of the best and of all rewards of paired searches, and their difference with a 95 % interval."""
+    from statistics import fmean
+
+    from scipy.stats import bootstrap, ks_2samp
+
+    facts: dict[str, Any] = {}
+    for name, of in (("best", max), ("mean", fmean)):
+        pairs = [(of(one), of(other)) for one, other in zip(ours, theirs, strict=True)]
+        gaps = [one - other for one, other in pairs]
+        made = bootstrap([gaps], fmean, vectorized=False, n_resamples=4000, rng=0, method="percentile")
+        low, high = made.confidence_interval
+        facts[name] = {"engine": fmean(one for one, _ in pairs), "transformers": fmean(other for _, other in pairs),
+                       "difference": fmean(gaps), "interval": [low, high]}  # fmt: skip
+    flat = [[reward for search in side for reward in search] for side in (ours, theirs)]
+    facts["p of Kolmogorov-Smirnov"] = float(ks_2samp(*flat).pvalue)
+    return facts
 
 
 def check(lm: Any, reference: Any) -> dict[str, Any]:
@@ -134,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", action="store_true", help="also start vLLM's server and ask it")
     parser.add_argument("--speed", action="store_true", help="also compare CPU seconds, in process")
+    parser.add_argument("--rounds", type=int, default=3, help="of --speed")
+    parser.add_argument("--equal", action="store_true", help="only compare rewards of searches, in process")
+    parser.add_argument("--seeds", type=int, default=5, help="of --equal")
     options = parser.parse_args(arguments)
     os.environ.update({name: os.environ.get(name, value) for name, value in ON_CPU.items()})
     import torch
@@ -143,10 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     reference = dts.load(MODEL, device="cpu", dtype="float32")
     lm = load_in_process()
+    if options.equal:
+        for line in equal(lm, reference, seeds=options.seeds):
+            print(json.dumps(line), flush=True)
+        return
     report = {"in process": check(lm, reference)}
     print(json.dumps(report), flush=True)
     if options.speed:
-        report["seconds"] = speed(lm, reference)
+        report["seconds"] = speed(lm, reference, options.rounds)
         print(json.dumps(report["seconds"]), flush=True)
     if options.server:
         del lm

@@ -29,6 +29,9 @@ class Grown:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
 
+    def drafted(self, node):
+        """No engine."""
+
 
 def test_ancestral_draws_walk_the_children_by_their_own_p():
     tree = Tree()

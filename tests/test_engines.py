@@ -24,6 +24,7 @@ from dts.models.engines.http import Server  # noqa: E402
 from dts.models.engines.loading import Tokens  # noqa: E402
 from dts.models.engines.steps import Stepwise  # noqa: E402
 from dts.models.engines.tails import EngineModel  # noqa: E402
+from dts.models.engines.vllm import InProcess  # noqa: E402
 from dts.models.table import TableModel, random_logits  # noqa: E402
 from dts.search import BestOfN, MaxEnt  # noqa: E402
 
@@ -427,6 +428,39 @@ def test_vllm_that_does_not_start_says_so_in_one_line(tmp_path, monkeypatch, opt
     with pytest.raises(dts.UnavailableError, match="did not start") as caught:
         dts.load(f"vllm:{tmp_path}", tokenizer=tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+class FakeLLM:
+    """Answers token 1 to each prompt, and refuses the whole call where one is too long."""
+
+    def __init__(self, model, **options):
+        self.calls = []
+
+    def generate(self, prompts, params, use_tqdm):
+        self.calls.append(len(prompts))
+        lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+        if max(lengths) > 90:
+            raise RuntimeError("the engine is dead\nand more")
+        if max(lengths) > 5:
+            raise ValueError(f"The prompt of {max(lengths)} tokens is too long\nand more")
+        row = {1: types.SimpleNamespace(logprob=-0.5)}
+        drawn = types.SimpleNamespace(token_ids=[1], logprobs=[row])
+        return [
+            types.SimpleNamespace(outputs=[drawn], num_cached_tokens=1, prompt_token_ids=prompt["prompt_token_ids"])
+            for prompt in prompts
+        ]
+
+
+def test_what_vllm_in_process_refuses_leaves_the_others_alone_and_its_death_ends_all(monkeypatch):
+    fake = types.SimpleNamespace(LLM=FakeLLM, SamplingParams=lambda **options: options)
+    monkeypatch.setitem(__import__("sys").modules, "vllm", fake)
+    engine = InProcess("folder")
+    found = engine.complete([TailRequest((1,) * (9 if i == 4 else 2), (), 1, i, 3) for i in range(8)])
+    assert fails(found) == {4: "vLLM refused a request: The prompt of 9 tokens is too long"}
+    assert [one.tokens for i, one in enumerate(found) if i != 4] == [(1,)] * 7
+    assert engine.llm.calls == [8, 4, 4, 2, 1, 1, 2]
+    with pytest.raises(EngineError, match=r"vLLM failed \(RuntimeError: the engine is dead\)"):
+        engine.complete([TailRequest((1,) * 99, (), 1, 0, 3)])
 
 
 def test_log_probabilities_that_are_none_are_refused_however_large():

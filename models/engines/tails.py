@@ -148,7 +148,7 @@ class _Prefix:
     token: int
     depth: int  # tokens after the prompt
     row: dict[int, float]  # log p of the next token, by id
-    draft: int | None = None  # the engine's own next token
+    drafts: tuple[int, ...] = ()  # the engine's own next tokens, one of each tail that comes by
 
 
 @dataclass(slots=True)
@@ -192,6 +192,7 @@ class TailSession:
         self._prefixes = [_Prefix(PROMPT_SLOT, -1, 0, dict(opened.rows[0]))]  # by slot
         self._slots: dict[tuple[int, int], int] = {}  # by parent slot and token
         self._seeds, self._length = _Counted(), _Length()
+        self._paths: dict[tuple[int, int], int] = {}  # see `expect`
         self.usage = Usage(prompt_tokens=len(prompt), cached_tokens=max(0, len(prompt) - opened.computed))
         self.usage.forwarded_tokens = self.usage.unique_tokens = opened.computed
         self.usage.model_calls = 1
@@ -223,13 +224,23 @@ class TailSession:
         return found
 
     def draft(self, slot: int) -> int | None:
-        return self._prefixes[slot].draft
+        prefix = self._prefixes[slot]
+        if not prefix.drafts:
+            return None
+        draft, *left = prefix.drafts
+        prefix.drafts = tuple(left)
+        return draft
+
+    def expect(self, paths: Mapping[tuple[int, int], int], *, to_end: bool) -> None:
+        self._paths = dict(paths)
+        if to_end:
+            self._length.tokens = max(self._length.tokens, self._longest)
 
     def others(self, slots: Sequence[int]) -> list[int]:
         requests = [self._request(slot, 1, barred=tuple(self._prefixes[slot].row)) for slot in slots]
         drawn = []
         for slot, request, tail in zip(slots, requests, self._lm.complete(requests), strict=True):
-            self._count(request, tail)
+            self._count(tail, 0)
             token, prefix = tail.tokens[0], self._prefixes[slot]
             if token not in prefix.row:  # another draw may have been the same
                 log_p = _unbarred(tail, request, self._unlisted(request.barred, prefix.row))
@@ -248,12 +259,17 @@ class TailSession:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def requests(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], TailRequest]:
-        """For what follows tokens after slots, (slot, token) each, as far as it is not stored."""
+    def requests(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], TailRequest]]:
+        """For what follows tokens after slots, (slot, token) each, as far as it is not stored: one for each path that
+        waits there."""
         missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._slots]
         most = (self._lm.segment or self._length.next()) if missing else 0
-        left = {pair: self._longest - self._prefixes[pair[0]].depth - 1 for pair in missing}
-        return {pair: self._request(pair[0], max(1, min(left[pair], most)), pair[1]) for pair in missing}
+        made = []
+        for slot, token in missing:
+            limit = max(1, min(self._longest - self._prefixes[slot].depth - 1, most))
+            for _ in range(self._paths.get((slot, token), 1)):
+                made.append(((slot, token), self._request(slot, limit, token)))
+        return made
 
     def slot(self, parent: int, token: int) -> int:
         """Of a token after a slot, which is stored."""
@@ -271,21 +287,25 @@ class TailSession:
             slot = self._prefixes[slot].parent
         return tokens[::-1]
 
-    def adopt(self, parent: int, token: int, request: TailRequest, tail: Tail) -> None:
-        """Store a new token after a slot and what the engine drew after it."""
-        self._count(request, tail)
-        self._length.stored += len(tail.tokens) - 1
+    def adopt(self, parent: int, token: int, tail: Tail) -> None:
+        """Store a token after a slot and what the engine drew after it, as far as another tail did not bring it."""
+        known, asked_for = len(self._prefixes), (parent, token) in self._slots
         for after, drawn, row in zip((token, *tail.tokens), tail.tokens, tail.rows, strict=False):
-            slot = len(self._prefixes)
-            self._prefixes.append(_Prefix(parent, after, self._prefixes[parent].depth + 1, dict(row), drawn))
-            self._slots[parent, after] = slot
+            slot = self._slots.setdefault((parent, after), len(self._prefixes))
+            if slot == len(self._prefixes):
+                self._prefixes.append(_Prefix(parent, after, self._prefixes[parent].depth + 1, dict(row)))
+            prefix = self._prefixes[slot]
+            prefix.row, prefix.drafts = {**prefix.row, drawn: row[drawn]}, (*prefix.drafts, drawn)
             parent = slot
+        new = len(self._prefixes) - known
+        self._length.stored += new - (not asked_for)
+        self._count(tail, new)
 
-    def _count(self, request: TailRequest, tail: Tail) -> None:
+    def _count(self, tail: Tail, new: int) -> None:
+        """new: positions that had not been in the model."""
         usage = self.usage
         usage.model_calls += 1
         usage.forwarded_tokens += tail.computed
-        new = len(tail.tokens) - 1 + (not request.barred)  # positions that had not been in the model
         usage.recomputed_tokens += max(0, tail.computed - new)
 
 
@@ -310,15 +330,15 @@ def extend_all(
     missing = [
         (session, pair, request)
         for session, wanted in zip(sessions, pairs, strict=True)
-        for pair, request in session.requests(wanted).items()
+        for pair, request in session.requests(wanted)
     ]
     tails = lm.each([request for _, _, request in missing])
     wrong: dict[int, Exception] = {}
-    for (session, pair, request), tail in zip(missing, tails, strict=True):
+    for (session, pair, _), tail in zip(missing, tails, strict=True):
         if isinstance(tail, Exception):
             wrong.setdefault(id(session), tail)
         else:
-            session.adopt(*pair, request, tail)
+            session.adopt(*pair, tail)
     return [
         wrong[id(session)] if id(session) in wrong else [session.slot(*pair) for pair in wanted]
         for session, wanted in zip(sessions, pairs, strict=True)
