@@ -126,7 +126,7 @@ def test_a_beginning_that_prompts_share_is_charged_to_each(tmp_path: Path) -> No
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
         assert one["shares"] == pytest.approx(other["shares"], abs=1e-4)
         assert one["cached_tokens"] == 0
-        rounded = ("logprob", "shares", "time", "reward_seconds")
+        rounded = ("logprob", "logprob_per_token", "shares", "time", "reward_seconds")
         assert {**one, **dict.fromkeys(rounded)} == {**other, **dict.fromkeys(rounded)}
 
 

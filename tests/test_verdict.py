@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -159,6 +159,16 @@ def test_the_best_row_without_a_language_model_is_named(direction: str, value: f
         f"Without a language model, rules {said}: accuracy {value:.3f}, maxent-star 0.500.",
         "Read the texts.",
     ]
+
+
+def test_a_row_without_the_headline_metric_is_not_compared() -> None:
+    samples, rollouts = run([[(50, 1.0), (90, 1.0)]] * 6, greedy=[[(40, 0.5)]] * 6)
+    cells, task = [cell("maxent-star", 0.5), cell("greedy", 0.5)], cast("Any", FakeTask(count=6))
+    (verdict,) = verdicts(samples, cells, {"fake": {"rules": {"length": 1.0}}}, {"fake": task}, rollouts)
+    assert verdict["unaided"] is None
+    cells[0]["metrics"] = {"length": 1.0}
+    (verdict,) = verdicts(samples, cells, {"fake": {"rules": {"accuracy": 1.0}}}, {"fake": task}, rollouts)
+    assert verdict["unaided"] is None
 
 
 def test_an_oracle_is_marked_and_likelihoods_stand_beside_where_all_are_known() -> None:

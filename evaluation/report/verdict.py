@@ -128,12 +128,13 @@ def _unaided(task: Task, cell: Cell, baselines: Mapping[str, Mapping[str, float]
     """The best row without a language model, by the task's headline metric."""
     metric, direction = next(iter(task.metrics.items()))
     sign = 1 if direction == "max" else -1
-    known = {name: row[metric] for name, row in baselines.items() if math.isfinite(row[metric])}
-    if not known:
+    known = {name: row[metric] for name, row in baselines.items() if math.isfinite(row.get(metric, math.nan))}
+    own = cell["metrics"].get(metric)
+    if own is None or not known:
         return None
     name = max(known, key=lambda row: sign * known[row])
-    return {"method": name, "metric": metric, "value": known[name], "search_value": cell["metrics"][metric],
-            "ahead": sign * (known[name] - cell["metrics"][metric]) >= 0}  # fmt: skip
+    ahead = sign * (known[name] - own) >= 0
+    return {"method": name, "metric": metric, "value": known[name], "search_value": own, "ahead": ahead}
 
 
 def _verdict(cell: Cell, others: Sequence[Comparison], unaided: Unaided | None, task: Task) -> Verdict:
