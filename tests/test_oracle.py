@@ -109,7 +109,9 @@ def test_the_table_in_the_terminal_carries_the_mark(tmp_path: Path, capsys: pyte
     run(tmp_path, OracleTask())
     printed = capsys.readouterr().out
     assert f"**Oracle reward: {NAME}.** It sees the reference answer" in printed
-    lines = [line for line in printed.splitlines() if "maxent" in line or "greedy" in line]
+    lines = [line for line in printed.splitlines() if line.startswith("|") and ("maxent" in line or "greedy" in line)]
+    said = [line for line in printed.splitlines() if "search (maxent)" in line]
+    assert len(said) == 2 and all("(oracle)" in line for line in said)  # in the report and at the end
     assert len(lines) == 4 and all("maxent (oracle)" in line or "greedy (oracle)" in line for line in lines)
 
 
