@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import dts
 from dts.evaluation.measures.metrics import pass_at_k
@@ -318,8 +319,9 @@ def panel(axes: Axes, methods: Methods, value: Callable[[Record], float]) -> Non
             linestyle="none", elinewidth=1,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_formatter("{x:.0f}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:
