@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # threads stall where cores are shared, and results do not depend on them
+
+
+@pytest.fixture(autouse=True)
+def _own_levels():
+    """A command that a test runs sets what is logged (--quiet); the next test starts as the first one did."""
+    yield
+    for name in ("dts", "dts.fetch"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -293,7 +293,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "make_tracker", lambda *_: NullTracker())
     monkeypatch.setattr(cli, "find_engine", lambda *_: run_jobs)
-    monkeypatch.setattr("dts.evaluation.experiment.run.run", lambda *_, **__: {})
+    monkeypatch.setattr("dts.evaluation.experiment.run.run", lambda *_, **__: {"verdicts": []})
     monkeypatch.setattr(study, "run", lambda *_, **__: None)
     monkeypatch.setattr(study, "write_report", lambda _: "")
     return tmp_path
