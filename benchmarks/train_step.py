@@ -5,9 +5,9 @@
 A step is one group of `--completions` completions of a prompt of `--prompt` tokens. `TRL` is its trainer as it comes,
 with `model.generate`. `groups: sample` has the same trainer and loss, and draws from the tree cache, which prefills the
 prompt once for the group. `groups: tree` with as many roots as completions is the same plain group, and its prompt goes
-through the loss once, too. The end of the text is a token that is
-hardly ever drawn, so that all train on the same number of tokens. The arms take turns;
-each trains two steps, and the second is timed, in CPU seconds of one thread. Ratios are medians over the rounds.
+through the loss once, too. The end of the text is a token that is hardly ever drawn, so that all train on the same
+number of tokens. The arms take turns; each trains two steps, and the second is timed, in CPU seconds of one thread.
+Ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def plain(config: TrainConfig, model: Any, tokenizer: Any, folder: Path, clock: 
 
 
 def write_rows(options: argparse.Namespace, folder: Path) -> None:
-    """Two prompts of exactly `--prompt` tokens or a few fewer."""
+    """Two prompts of at most `--prompt` tokens, less than a sentence short of it."""
     lm = dts.load(options.model)
     prompts = []
-    for opening in ("Continue. ", "Go on. "):
+    for opening in ("Continue. ", "Tell more. "):
         content = opening
         while len(lm.encode([{"role": "user", "content": content + STORY}])) <= options.prompt:
             content += STORY
@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of a completion")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds} is not allowed; give 1 or more")
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     with tempfile.TemporaryDirectory() as name:

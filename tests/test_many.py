@@ -701,7 +701,7 @@ def test_prompts_that_come_later_join_those_in_flight():
     def prompts():
         yield (1,)
         while len(told) < 5:
-            yield LATER  # the first one goes on
+            yield LATER  # the first one continues
         yield (2,)
         assert not finished
 

@@ -84,7 +84,7 @@ def test_pairwise_training_learns_the_preference(trained):
 
 
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(base, tmp_path):
-    from training_models import Interrupt, adapter, same
+    from training_models import Interrupt, adapter, drop, same
 
     settings = RewardModelSettings(
         model=base, max_steps=8, learning_rate=1e-2, batch_size=4, lora_r=2, max_length=32, held_out=0, save_steps=3
@@ -93,6 +93,7 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(base, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_reward_model(rows(), tmp_path / "cut", settings, callbacks=[Interrupt(5)])
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    drop(tmp_path / "cut" / "reward_training.json", "pairs_per_group")  # as a version without this setting wrote it
     steps = []
 
     class Count(Interrupt):

@@ -92,3 +92,10 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self._step:
             raise KeyboardInterrupt
+
+
+def drop(file: Path, key: str) -> None:
+    """Leave a key out of a JSON file."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    del settings[key]
+    file.write_text(json.dumps(settings), encoding="utf-8")

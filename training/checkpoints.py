@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dts.errors import UsageError
-from dts.training.config import merged
+from dts.training.config import TrainConfig, merged
 
 AUTO = "auto"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -42,16 +42,16 @@ def to_continue(folder: Path, resume: str | None) -> Path | None:
 
 
 def check_settings(
-    file: Path, now: Mapping[str, Any], ignored: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+    file: Path, now: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
     """Raise `UsageError` for settings other than those in the file, which would bend the schedule or the data order.
     defaults: of settings that an older file does not have."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"cannot resume: {file} cannot be read ({error}); start anew with --overwrite") from error
     plain = json.loads(json.dumps(now))
-    before = merged(json.loads(json.dumps(defaults or {})), before)
+    before = merged(json.loads(json.dumps(defaults)), before)
     changed = [key for key in plain if key not in ignored and plain[key] != before.get(key)]
     if changed:
         key = changed[0]
@@ -59,3 +59,10 @@ def check_settings(
             f"cannot resume with another {key}: the run has {before.get(key)!r}, now it is {plain[key]!r}; use the "
             "same settings, or start anew with --overwrite"
         )
+
+
+def check_run(file: Path, config: TrainConfig) -> None:
+    """`check_settings` of a training run: those that its method reads, wherever it is written."""
+    unread = {"polychromic", "grpo", "distill"} - {config.method}
+    usual = TrainConfig(name=config.name, method=config.method).as_dict()
+    check_settings(file, config.as_dict(), usual, {"output", "name", "run_folder", *unread})

@@ -22,7 +22,7 @@ from dts.errors import UsageError
 from dts.lm import LanguageModel
 from dts.rewards import Reward
 from dts.search import MaxEnt
-from dts.training.checkpoints import AUTO, check_settings
+from dts.training.checkpoints import AUTO, check_run
 from dts.training.config import TrainConfig
 from dts.training.data import Row
 from dts.training.grpo import distinct_prompts
@@ -99,7 +99,7 @@ def expert_iteration(
         step = replace(step, data=(str(draws),))
         draws.parent.mkdir(parents=True, exist_ok=True)
         if resume and (draws.parent / "trainer_state.json").exists():  # the last file of a run
-            check_settings(draws.parent / SETTINGS, step.as_dict())
+            check_run(draws.parent / SETTINGS, step)
             folders.append(draws.parent)
         else:
             found = _kept_draws(config, warm, rows, reward, number, draws.with_name(DRAWN), anew=not resume)

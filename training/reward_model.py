@@ -169,7 +169,7 @@ def _start(rows: Sequence[Row], folder: Path, settings: RewardModelSettings, res
     now = {**dataclasses.asdict(settings), "rows": hashlib.sha256(content.encode()).hexdigest()}
     checkpoint = to_continue(folder, resume)
     if checkpoint is not None:
-        check_settings(checkpoint.parent / SETTINGS, now)
+        check_settings(checkpoint.parent / SETTINGS, now, dataclasses.asdict(RewardModelSettings()))
         return checkpoint
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)

@@ -22,7 +22,7 @@ from dts.training.adapters import (
     load_for_training,
     name_base,
 )
-from dts.training.checkpoints import check_settings, to_continue
+from dts.training.checkpoints import check_run, to_continue
 from dts.training.config import TrainConfig
 from dts.training.data import Row, read_rows
 from dts.training.diversity import DISTANCES, GATES, named
@@ -191,11 +191,7 @@ def _checkpoint(config: TrainConfig, resume: str | None) -> Path | None:
     """The checkpoint to continue from, with its settings compared."""
     checkpoint = to_continue(Path(config.folder), resume)
     if checkpoint is not None:
-        unread = {"polychromic", "grpo", "distill"} - {config.method}
-        check_settings(
-            checkpoint.parent / SETTINGS, config.as_dict(), {"output", "name", "run_folder", *unread},
-            defaults=TrainConfig(name=config.name, method=config.method).as_dict(),
-        )  # fmt: skip
+        check_run(checkpoint.parent / SETTINGS, config)
     return checkpoint
 
 
