@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,14 +64,15 @@ def models_file(folder: Path, port: int) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., tuple[int, int]]:
+def run(tmp_path: Path) -> Iterator[Callable[..., tuple[int, int]]]:
     """Runs a command against a server with a fault, which has stopped afterwards. Returns the exit code and the
-    requests. The next server has the port of the first."""
-    servers: list[EngineServer] = []
+    requests. All servers of a test have one port, which a socket keeps from other processes between them."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper.bind(("127.0.0.1", 0))
 
     def started(fault: Fault, *arguments: str) -> tuple[int, int]:
-        server = EngineServer(LM, fault, port=servers[0].server_port if servers else 0)
-        servers.append(server)
+        server = EngineServer(LM, fault, port=keeper.getsockname()[1])
         command = ["--models", "mine", "--models-file", str(models_file(tmp_path, server.server_port)), "--methods",
                    *METHODS, "--num-rollouts", str(ROLLOUTS), "--max-tokens", "6", "--rollout-batch", "2",
                    "--prompts-at-once", "3", "--tracker", "none", "--quiet", "--output-dir", str(tmp_path)]  # fmt: skip
@@ -80,7 +82,8 @@ def run(tmp_path: Path) -> Callable[..., tuple[int, int]]:
         finally:
             server.stop()
 
-    return started
+    with keeper:
+        yield started
 
 
 def records(folder: Path) -> dict[str, list[str]]:
@@ -99,7 +102,7 @@ def dies_at(count: int) -> Fault:
     return lambda number, body: "die" if number == count else None
 
 
-def test_a_run_goes_on_when_its_server_is_back_and_its_records_are_those_of_an_undisturbed_one(
+def test_a_run_continues_when_its_server_is_back_and_its_records_are_those_of_an_undisturbed_one(
     run: Callable[..., tuple[int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, requests = run(calm, "--experiment-name", "whole")
