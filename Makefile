@@ -32,7 +32,7 @@ run: $(VENV)/.installed  ## install, fetch the model and the data, run configs/m
 test: $(VENV)/.installed-dev  ## ruff, mypy, fetch, pytest in JOBS processes (ARGS="-k tree" adds options)
 	@$(MAKE) --no-print-directory lint
 	$(RUN) -m dts fetch
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --timeout 400 $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(RUN) -m ruff check .

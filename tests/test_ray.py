@@ -77,7 +77,8 @@ UNFINISHED = IN_FLIGHT + 1  # searches of one worker that stands still: in fligh
 @dataclass(frozen=True)
 class DeadlyTask(IdsTask):
     """Once a worker has begun ten searches it kills itself in the midst of some, when all others are recorded, those of
-    the other worker too; one worker, and once. `folder` gets the process of each search that begins."""
+    the other worker too; the first worker that gets there, and once. `folder` gets the process of each search that
+    begins."""
 
     folder: Path = Path()
 
@@ -87,12 +88,12 @@ class DeadlyTask(IdsTask):
         return IdsTask.reward(replace(self, fail=self._die), example)
 
     def _die(self) -> None:
-        if self.begun().count(str(os.getpid())) < 10 or (self.folder / "killed").exists():
+        if self.begun().count(str(os.getpid())) < 10:
             return
-        while self._recorded() < len(self.begun()) - UNFINISHED:
-            threading.Event().wait(0.01)
         with contextlib.suppress(FileExistsError):
-            (self.folder / "killed").touch(exist_ok=False)
+            (self.folder / "killed").touch(exist_ok=False)  # before it waits: two that waited would wait for each other
+            while self._recorded() < len(self.begun()) - UNFINISHED:
+                threading.Event().wait(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _recorded(self) -> int:
