@@ -5,14 +5,16 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 import dts
+from dts.errors import UsageError
+from dts.evaluation.finetuned import compare, replies
 from dts.evaluation.finetuned import contrasts as comparison
-from dts.evaluation.finetuned import replies
 from dts.evaluation.finetuned.cli import run_script
 from dts.evaluation.finetuned.compare import CompareSettings, compare_models, compare_three
 from dts.evaluation.finetuned.judge import INSTRUCTION, Judge, parse
@@ -418,6 +420,39 @@ def test_coding_comparison(models, tmp_path):
     assert summary["models"]["baseline"]["measures"]["pass@1"]["value"] == 0.0
     assert summary["failures"]["baseline"]["no code"]["share"] == 1.0
     assert len(problems()) > 3
+
+
+def test_a_screen_keeps_the_problems_that_a_model_solves_sometimes_by_samples_that_are_not_compared(
+    models, tmp_path, monkeypatch
+):
+    right = {problem.name: f"```python\n{problem.solution}```" for problem in problems("test")}
+    solved = [0, 1, 20, 2, 10]  # of 20 samples: pass@10 of 0, 0.5, 1, 0.76, 1
+    drawn = []
+
+    def sample(arms, items, folder, *, samples, seed, **_):
+        drawn.append((list(arms), folder, seed, [item.problem.name for item in items]))
+        counts = dict(zip([item.cluster for item in items], solved, strict=False)) if "screen" in arms else {}
+        own = [
+            [Reply(right[name] if i < counts.get(name, 3) else f"no {i}", 9, False) for i in range(samples)]
+            for name in (item.cluster for item in items)
+        ]
+        return {name: [own for _ in sources] for name, sources in arms.items()}
+
+    monkeypatch.setattr(compare, "sample_models", sample)
+    monkeypatch.setattr("dts.models.loading.check_available", lambda source: None)
+    monkeypatch.setattr(compare, "SCREEN", (0.1, 0.8))
+    arms = {"baseline": models[:1], "polychromic": models[1:2]}
+    settings = CompareSettings(test_data=CODING, max_examples=5, samples=20, seed=7, screen="base")
+    summary = compare_models(arms, settings, tmp_path)
+    names = [problem.name for problem in problems("test")[:5]]
+    assert drawn == [(["screen"], tmp_path / "screen", 8, names), (list(arms), tmp_path, 7, [names[1], names[3]])]
+    assert summary["items"] == summary["clusters"] == 2 and summary["settings"]["screen"] == "base"
+    assert summary["models"]["baseline"]["measures"]["pass@1"]["value"] == pytest.approx(0.15)
+    monkeypatch.setattr(compare, "SCREEN", (0.1, 0.4))
+    with pytest.raises(UsageError, match="screen='base' keeps 0 of 5 prompts"):
+        compare_models(arms, settings, tmp_path)
+    with pytest.raises(UsageError, match="samples=9 is not allowed with screen"):
+        replace(settings, samples=9)
 
 
 def test_command_on_saved_models(tmp_path, test_data, caplog):

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dts.errors import UsageError
-from dts.evaluation.finetuned.compare import FOUR_WAY, THREE, CompareSettings, compare_models, compare_three
+from dts.evaluation.finetuned.compare import (
+    FOUR_WAY,
+    SCREEN,
+    THREE,
+    CompareSettings,
+    compare_models,
+    compare_three,
+)
 from dts.evaluation.finetuned.judge import ANTHROPIC_MODEL, ANTHROPIC_URL, Judge
 from dts.evaluation.finetuned.replies import CODING, CODING_ALL
 from dts.training.command import run_command
@@ -41,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="also compare each model's checkpoint nearest to N drawn tokens")  # fmt: skip
     parser.add_argument("--checks", nargs="+", default=[], metavar="MODULE:FUNCTION",
                         help="rewards in [0, 1] as measures, for prompts without human replies")  # fmt: skip
+    parser.add_argument("--screen", metavar="MODEL",
+                        help="only the prompts whose pass@10 by this model, on samples of their own, is "
+                             f"{SCREEN[0]:g} to {SCREEN[1]:g}")  # fmt: skip
     judge = parser.add_argument_group("judge (off unless one of these is given)")
     judge.add_argument("--judge-url", metavar="URL", help="chat-completions or Anthropic messages endpoint")
     judge.add_argument("--judge-model", metavar="NAME", help="model at that endpoint")
@@ -71,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     models = {name: getattr(args, name) for name in FOUR_WAY if getattr(args, name)}
     models |= _others(args.model)
     settings = _protocol(args, judge_items=args.judge_items, checks=tuple(args.checks),
-                         dashboard=args.dashboard, tokens=tuple(args.tokens))  # fmt: skip
+                         dashboard=args.dashboard, tokens=tuple(args.tokens), screen=args.screen)  # fmt: skip
     summary = compare_models(models, settings, args.output, _make_judge(args), resume=args.resume)
     for entry in summary["questions"]:
         log.info("%s %s", entry["question"], entry["answer"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ FOUR_WAY = {
 }
 THREE = {"baseline": "SFT", "moderate": "polychromic, lambda 1", "aggressive": "polychromic, lambda 2"}
 EXAMPLES = 3  # replies shown per failure mode
+SCREEN = (0.1, 0.6)  # pass@10 of the prompts that a screen keeps: neither at the floor nor solved anyway
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class CompareSettings:
     dashboard: bool = False  # also score the replies with the first baseline, and write the page on reward hacking
     tokens: tuple[int, ...] = ()  # also compare the checkpoints nearest to so many drawn tokens
     checks: tuple[str, ...] = ()  # module:function, rewards in [0, 1]; success is 1 of each, without human replies
+    screen: str | None = None  # only prompts with a pass@10 of this model within SCREEN, on samples of their own
 
     def __post_init__(self) -> None:
         for name in ("max_examples", "max_tokens", "judge_items"):
@@ -72,6 +74,8 @@ class CompareSettings:
             raise UsageError(f"samples={self.samples} is not allowed; diversity needs 2 or more")
         if not self.temperature > 0:
             raise UsageError(f"temperature={self.temperature} is not allowed; give a number > 0")
+        if self.screen is not None and self.samples < 10:
+            raise UsageError(f"samples={self.samples} is not allowed with screen, which needs pass@10; give 10 or more")
 
 
 def compare_models(
@@ -95,6 +99,9 @@ def compare_models(
     ]
     folder = Path(output)
     items, yardstick, about = _prepare(models, settings)
+    if settings.screen is not None:
+        items = _screened(settings.screen, items, yardstick, settings, folder / "screen", resume)
+        about |= _size(items)
     sampled = _sample(models, items, settings, folder, resume)
     known = _scored(models["baseline"][0], sampled, items, settings) if settings.dashboard else {}
     summary = _analyse(sampled, items, yardstick, contrasts, judge, settings, known)
@@ -159,12 +166,13 @@ def _prepare(
         raise UsageError("every model needs a folder for at least one seed")
     from dts.models.loading import check_available
 
-    for source in (source for sources in models.values() for source in sources if isinstance(source, str)):
+    named_models = [source for sources in models.values() for source in sources if isinstance(source, str)]
+    for source in (*named_models, *([settings.screen] if settings.screen else ())):
         check_available(source)
     checks = tuple(as_reward(named(name, {}, "--checks")) for name in settings.checks)
     need = ("prompt",) if checks else ("prompt", "response")
     items, rows = read_items(settings.test_data, settings.max_examples, settings.seed, need)
-    about: dict[str, Any] = {"items": len(items), "clusters": len({item.cluster for item in items})}
+    about: dict[str, Any] = _size(items)
     if settings.test_data in (CODING, CODING_ALL):
         about["success"] = "the answer passes every test, public and hidden"
         about["train_reward"] = "share of the public examples passed"
@@ -188,6 +196,27 @@ def _prepare(
             "rank_correlation_with_engagement": _interval(scorer.validity),
         }
     return items, yardstick, about
+
+
+def _size(items: Sequence[Item]) -> dict[str, int]:
+    return {"items": len(items), "clusters": len({item.cluster for item in items})}
+
+
+def _screened(
+    model: str, items: Sequence[Item], yardstick: Yardstick, settings: CompareSettings, folder: Path, resume: bool
+) -> list[Item]:
+    """The items that the model solves sometimes. Its samples have another seed than those that are compared, because
+    what was chosen for its score has a lower one in the next sample."""
+    own = replace(settings, seed=settings.seed + 1)
+    ((replies,),) = _sample({"screen": [model]}, items, own, folder, resume).values()
+    rates = [yardstick.measure(item, drawn)["pass@10"] for item, drawn in zip(items, replies, strict=True)]
+    kept = [item for item, rate in zip(items, rates, strict=True) if SCREEN[0] <= rate <= SCREEN[1]]
+    log.info("screen: %d of %d prompts have a pass@10 of %s from %g to %g", len(kept), len(items), model, *SCREEN)
+    if len(kept) < 2:
+        raise UsageError(
+            f"screen={model!r} keeps {len(kept)} of {len(items)} prompts; give more prompts, or compare without it"
+        )
+    return kept
 
 
 def _interval(found: Any) -> dict[str, float]:
