@@ -8,15 +8,22 @@ import random
 import re
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 import dts
 from dts.errors import UsageError
+from dts.evaluation.finetuned.replies import text_values
 from dts.evaluation.rewards.instructions import ANSWERS, INSTRUCTIONS, Instructions
 from dts.evaluation.tasks import load_task
-from dts.rewards import Context, Finished
+from dts.evaluation.tasks.instructions import Options, _made, asked_instructions, prompt_instructions
+from dts.evaluation.tasks.registry import read_task_file
+from dts.rewards import CheckMonotone, Context, Finished
+from dts.training.data import Row
+from dts.training.rewards import check_prompts
 
+DATA = Path(__file__).parents[1] / "configs" / "data"
 PIECES = [
     *"abcst ,,.!?'\"\n\n-*<>[]()1", " ", "\t", "**", "***", "\n\n", "\n- ", "\n* ", " - ", "*\n", "[name]", "[a\nb]",
     "<<title>>", "<< >>", "<<a", "a>>", "P.S.", "p. s. x", "P.P.S", "P.P.", "SECTION 1", "Section ", "Section 2",
@@ -247,3 +254,30 @@ def test_more_instructions_than_there_are_groups_are_one_clear_line(tmp_path):
 def test_instructions_that_are_none(instructions, message):
     with pytest.raises(UsageError, match=message):
         Instructions(instructions)
+
+
+# -- as a training reward ----------------------------------------------------------------------------------------------
+
+
+def test_prompts_to_train_on_are_the_templates_own_and_none_of_the_tasks():
+    file = read_task_file("instructions")
+    options = Options(**file.options)
+    parts = {"train": range(200, 264), "validation": range(264, 276), "test": range(24)}
+    for name, numbers in parts.items():
+        rows = (DATA / f"instructions_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        made = [_made(file, options, number) for number in numbers]
+        assert [json.loads(row)["prompt"] for row in rows] == [example.prompt for example in made]
+        assert [asked_instructions(example.prompt) for example in made] == [example.inputs for example in made]
+    own = {example.prompt[-1]["content"] for example in load_task("instructions").examples}
+    assert not own & {_made(file, options, number).prompt[-1]["content"] for number in range(200, 276)}
+
+
+def test_the_training_reward_is_the_tasks_own_of_the_same_prompt():
+    task = load_task("instructions", num_samples=12)
+    for text in ("", "<<A note>> my dog, *at* *home*. That is all.", "P.S. [a] [b] ***"):
+        found = [text_values(CheckMonotone(prompt_instructions), one.prompt, [text])[0] for one in task.examples]
+        assert found == [task.reward(one).score_text(text) for one in task.examples]
+    assert len(set(found)) > 1
+    strange = Row([{"role": "user", "content": "Write."}], None, None, None, "f:1")
+    with pytest.raises(UsageError, match=r"prompt 'Write\.' is none of the task's; take those of configs"):
+        check_prompts(prompt_instructions, [strange], "grpo.reward")

@@ -21,7 +21,7 @@ from dts.evaluation.finetuned.compare import CompareSettings, compare_models
 from dts.evaluation.finetuned.replies import Item, Reply, Yardstick, read_items, sample_replies, text_values
 from dts.evaluation.finetuned.report import markdown
 from dts.evaluation.rewards import Keywords
-from dts.evaluation.rewards.prompted import PromptKeywords, asked_words, prompt_keywords, prose
+from dts.evaluation.rewards.prompted import asked_words, prompt_keywords, prose
 from dts.evaluation.tasks import load_task
 from dts.models.huggingface import HFModel
 from dts.rewards import CheckMonotone, Context, Finished, Reward, as_reward
@@ -51,7 +51,7 @@ def test_words_are_read_off_text_and_chat_prompts():
 @settings(max_examples=100, deadline=None)
 @given(text=st.text("catdog ,.", max_size=40))
 def test_prompt_keywords_are_the_keywords_of_the_prompt_and_monotone(text):
-    own, same = CheckMonotone(PromptKeywords()), Keywords(["cat", "dog"])
+    own, same = CheckMonotone(prompt_keywords), Keywords(["cat", "dog"])
     state = own.start(Context(PROMPT, (), decode))
     for character in text:
         state = own.extend([state], [ord(character)])[0]
@@ -129,7 +129,7 @@ def test_prompts_without_replies_are_compared_by_checks(tmp_path):
     file.write_text("".join(json.dumps({"prompt": f"{i}. Use the words: a, b."}) + "\n" for i in range(6)))
     with pytest.raises(dts.UsageError, match="the row has no response"):
         read_items(str(file), 6, 0)
-    name = f"{PromptKeywords.__module__}:prompt_keywords"
+    name = "dts.evaluation.rewards.prompted:prompt_keywords"
     chosen = CompareSettings(test_data=str(file), samples=2, max_tokens=4, checks=(name,))
     lm = HFModel(random_model("llama", 0), ByteTokenizer(), name="tiny")
     arms = {"baseline": [lm], "other": [lm]}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dts.errors import UsageError
-from dts.evaluation.rewards.generic import Found, Keywords
+from dts.evaluation.rewards.generic import Keywords
 from dts.evaluation.rewards.text import TextReward
 from dts.rewards import Context, Prompt
 
@@ -20,24 +21,22 @@ _CONNECTING = """
     with would you your
 """
 FUNCTION_WORDS = frozenset(_CONNECTING.split())
+Notes = tuple[TextReward, Any]  # the reward of the prompt, and its own notes
 PROSE = 0.25  # share of function words from which a text counts as prose
 
-Notes = tuple[Keywords, Found]
 
+class Prompted(TextReward):
+    """The reward that `of_prompt` makes of a prompt. It raises `UsageError` for a prompt that asks for nothing."""
 
-class PromptKeywords(TextReward):
-    """`Keywords` of the words that stand after "the words:" in the last message of the prompt.
-
-    Raises `UsageError` for a prompt without such a list.
-    """
-
-    name = "prompt_keywords"
+    def __init__(self, name: str, of_prompt: Callable[[Prompt], TextReward]) -> None:
+        self.name, self._of_prompt = name, of_prompt
 
     def empty(self) -> Any:
         return None  # `start` knows more
 
     def start(self, context: Context) -> Any:
-        return dataclasses.replace(super().start(context), notes=(Keywords(asked_words(context.prompt)), Found()))
+        own = self._of_prompt(context.prompt)
+        return dataclasses.replace(super().start(context), notes=(own, own.empty()))
 
     def read(self, notes: Notes, piece: str) -> Notes:
         return notes[0], notes[0].read(notes[1], piece)
@@ -45,21 +44,31 @@ class PromptKeywords(TextReward):
     def worth(self, notes: Notes) -> tuple[float, float]:
         return notes[0].worth(notes[1])
 
+    def likely(self, notes: Notes) -> float:
+        return notes[0].likely(notes[1])
+
     def final(self, notes: Notes) -> float:
         return notes[0].final(notes[1])
 
 
-prompt_keywords = PromptKeywords()  # for `grpo.reward: dts.evaluation.rewards.prompted:prompt_keywords`
+def last_message(prompt: Prompt) -> str:
+    """The text of a prompt's last chat message, or of a prompt that is text."""
+    last: Any = prompt if isinstance(prompt, str) or not prompt else prompt[-1]
+    return last["content"] if isinstance(last, dict) else str(last)
 
 
 def asked_words(prompt: Prompt) -> list[str]:
     """The words that a prompt (text or chat messages) asks for."""
-    last: Any = prompt if isinstance(prompt, str) or not prompt else prompt[-1]
-    text = last["content"] if isinstance(last, dict) else str(last)
+    text = last_message(prompt)
     found = re.search(r"the words: ([^.\n]+)", text)
     if found is None:
         raise UsageError(f"prompt {text[:60]!r} asks for no words; write for example: Use the words: rain, window.")
     return [word.strip() for word in found[1].split(",")]
+
+
+# The share of the words after "the words:" in the last message of the prompt:
+# `grpo.reward: dts.evaluation.rewards.prompted:prompt_keywords`.
+prompt_keywords = Prompted("prompt_keywords", lambda prompt: Keywords(asked_words(prompt)))
 
 
 def prose(text: str) -> float:
