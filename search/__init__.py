@@ -8,7 +8,7 @@ from dts.search.beam import Beam
 from dts.search.consensus import SelfConsistency
 from dts.search.earlyend import EarlyEnd
 from dts.search.maxent import MaxEnt
-from dts.search.maxent.valuemodel import OnlineValues, ValueModel
+from dts.search.maxent.valuemodel import OnlineValues, ScoreSoFar, ValueModel
 from dts.search.mcts import MCTS
 from dts.search.method import GeneratorRun, Method, Outcome, Run
 from dts.search.particles import ParticleFilter
@@ -59,6 +59,7 @@ __all__ = [
     "ParticleFilter",
     "Run",
     "Sampling",
+    "ScoreSoFar",
     "Search",
     "SelfConsistency",
     "ValueModel",

@@ -20,6 +20,8 @@ pytest.importorskip("peft")
 from toys import Paid
 from training_models import Interrupt, adapter, same, saved_pair, share_of_a, tiny_config, tiny_pair
 
+from dts.training.config import DistillSettings
+from dts.training.distill import searches
 from dts.training.kept import TOGETHER, kept
 from dts.training.nodetargets import node_losses, targets, taught_by, taught_from
 from dts.training.packed import Packed, ancestors_sum, check_packing, tree_logits
@@ -151,6 +153,25 @@ def test_gains_that_a_look_ahead_found_are_taught_too():
     assert len(paid) == HORIZON
     for row in paid:
         assert taught.nats[row][2] == pytest.approx(SCALE, abs=1e-6)  # e^(lambda * 1) times as likely beside the rest
+
+
+def test_a_reward_of_finished_texts_is_asked_what_the_next_tokens_would_give_where_it_allows_that():
+    """One path again. Without the question its tree teaches nothing, and a model of the reward's own is spared it."""
+
+    def share_of_twos(text: str) -> float:
+        return text.split().count("2") / HORIZON
+
+    def taught(scorer):
+        settings = DistillSettings(rollouts=1, reward_scale=SCALE, max_new_tokens=HORIZON)
+        (tree,) = searches(settings, MODEL, [dts.Request("0", seed=1)], dts.as_reward(scorer))
+        assert tree.packed.tokens == (0, 0)  # and a last one
+        return tree.nats
+
+    for nats in taught(share_of_twos)[:-1]:  # of two tokens that were not taken, one is worth a third more
+        assert nats[2] - nats[1] == pytest.approx(SCALE / HORIZON, abs=1e-6)
+    assert taught(dts.as_reward(share_of_twos, partial=False)) == [{}] * HORIZON
+    share_of_twos.tokens = 0  # it runs a model
+    assert taught(share_of_twos) == [{}] * HORIZON
 
 
 def test_a_tree_s_weights_are_the_shares_of_what_finished_below():

@@ -14,7 +14,7 @@ import dts
 from dts.models.table import TableModel
 from dts.search import BestOfN, MaxEnt
 from dts.search.maxent.lookahead import ENOUGH_TEXTS, Skill
-from dts.search.maxent.valuemodel import OnlineValues
+from dts.search.maxent.valuemodel import OnlineValues, ScoreSoFar
 
 
 class Constant:
@@ -40,7 +40,8 @@ class Adverse(Constant):
         return -score
 
 
-MODELS = {"none": lambda: None, "online": lambda: "online", "constant": Constant, "random": Random, "adverse": Adverse}
+MODELS = {"none": lambda: None, "online": lambda: "online", "score": ScoreSoFar, "constant": Constant, "random": Random,
+          "adverse": Adverse}  # fmt: skip
 
 
 def search(case, rollouts, values, scale=6.0, seed=0, **options):

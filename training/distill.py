@@ -17,7 +17,8 @@ import torch
 import dts
 from dts.models.huggingface import HFModel
 from dts.rewards import Prompt, Reward, as_reward
-from dts.search import MaxEnt
+from dts.search import MaxEnt, ScoreSoFar
+from dts.search.scoring import runs_a_model
 from dts.training.config import DistillSettings, TrainConfig
 from dts.training.data import Row
 from dts.training.grpo import distinct_prompts, fitting
@@ -86,11 +87,19 @@ def target_loss(
 def searches(
     settings: DistillSettings, lm: HFModel, requests: Sequence[dts.Request], reward: Reward
 ) -> Iterator[Taught]:
-    """What a search of each request teaches, in order."""
+    """What a search of each request teaches, in order. A reward of finished texts is asked about unfinished ones, too:
+    without, a few rollouts say so little of their nodes that the targets are hardly others than p (docs/log.md)."""
+    values = ScoreSoFar() if asks_unfinished(reward) else None
     return search_trees(
-        lm, requests, reward=reward, method=MaxEnt(settings.rollouts, settings.reward_scale),
+        lm, requests, reward=reward, method=MaxEnt(settings.rollouts, settings.reward_scale, values=values),
         max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
     )  # fmt: skip
+
+
+def asks_unfinished(reward: Reward) -> bool:
+    """Whether texts so far and next tokens are tried on a reward of finished texts: where it allows that, and runs no
+    model, which would read each of them."""
+    return not reward.monotone and getattr(reward, "partial", True) and not runs_a_model(reward)
 
 
 def draw_trees(

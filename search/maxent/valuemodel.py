@@ -92,5 +92,16 @@ class OnlineValues:
             self._bins[index].add(scores, reward)
 
 
+class ScoreSoFar:
+    """The score of the text so far, taken for the final reward as it is. For rewards that mean the same at any length,
+    such as a sentiment, in searches of so few rollouts that nothing can be learnt from them."""
+
+    def predict(self, share: float, score: float) -> float:
+        return score
+
+    def observe(self, path: Iterable[tuple[float, float]], reward: float) -> None:
+        """There is nothing to learn."""
+
+
 def _bin(share: float) -> int:
     return min(int(BINS * share), BINS - 1)
