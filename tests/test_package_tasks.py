@@ -15,7 +15,7 @@ from dts.evaluation.data.programs import examples, read_human_eval
 from dts.evaluation.tasks import TASKS, load_task, oracle, reasoning, schemas
 from dts.evaluation.tasks.reasoning import VERIFIERS
 from dts.rewards import Context, Finished
-from dts.search import Greedy
+from dts.search import Greedy, MaxEnt
 
 HEAD = "import math\n\ndef helper(x):\n    return x + 1\n\n"
 DOC = '    """Add one.\n    >>> add(1)\n    2\n    >>> add(-1)\n    0\n    """\n'
@@ -399,6 +399,34 @@ def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, ca
     both = bench.read(options.output)
     assert len(both) == 18 and bench.report(both).count("3 problems, up to") == 2  # other data are another table
     assert "**keyword** from mine, tiny" in bench.report(both)
+
+
+def test_power_sampling_returns_one_draw_from_p_to_the_fourth_that_no_reward_changes(bench, tiny_lm, tmp_path):
+    """By hand: the same search alone, its draw, and what that took."""
+    options = options_of(tmp_path / "tasks.jsonl", "power sampling")
+    task, blind = (load_task("keyword", num_samples=2) for _ in range(2))
+    blind.reward = lambda example: lambda text: 0.0
+    bench.run(tiny_lm, task, options, [])
+    bench.run(tiny_lm, blind, options_of(tmp_path / "blind.jsonl", "power sampling"), [])
+    rows, others = (
+        [row for row in bench.read(path) if row["method"] == "power sampling"]
+        for path in (options.output, tmp_path / "blind.jsonl")
+    )
+    assert [row["text"] for row in rows] == [row["text"] for row in others]
+    samples = [row for row in bench.read(options.output) if row["method"] == "best-of-n"]
+    for place, (row, drawn) in enumerate(zip(rows, samples, strict=True)):
+        limit = drawn["prompt_tokens"] + -(-drawn["tokens"] * options.budget // options.samples)
+        alone = dts.decode(
+            tiny_lm, task.examples[place].prompt, method=MaxEnt(10**6, reward_scale=0.0, power=4.0, lookahead=0),
+            seed=100 + 1000 * place + 1, budget=dts.Budget(tokens=limit), batch_size=4, max_new_tokens=20,
+        )  # fmt: skip
+        assert str(alone.target) == "p(x)^4 exp(0 r(x))"
+        searched, resent = alone.usage.forwarded_tokens, alone.usage.recomputed_tokens
+        best = alone.sample(1)[0]
+        drawing = alone.usage.forwarded_tokens - searched - (alone.usage.recomputed_tokens - resent)
+        assert (row["text"], row["logprob"]) == (best.text, pytest.approx(best.logprob, abs=1e-4))
+        assert row["tokens"] == searched + drawing - row["prompt_tokens"]
+        assert row["tokens"] <= limit - row["prompt_tokens"] + drawing and drawing <= 20
 
 
 @pytest.fixture
