@@ -2,7 +2,8 @@
 
     python benchmarks/reasoning_survey.py --model smollm2-135m --questions 30
 
-A task between 2 % and 60 % can tell methods apart. One line a data set; nothing here was chosen by what a search does.
+A task between 2 % and 60 % can tell methods apart. One line a data set, with Wilson's 95 % interval; nothing here was
+chosen by what a search does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 
 import dts
 from dts.evaluation.tasks.reasoning import ReasoningTask
@@ -74,8 +76,8 @@ DATASETS: dict[str, tuple[dict[str, Any], int]] = {  # settings that make it eas
 }
 
 
-def solved(lm: Any, name: str, questions: int) -> float:
-    """The share of questions that greedy decoding answers right."""
+def solved(lm: Any, name: str, questions: int) -> str:
+    """The share of questions that greedy decoding answers right, with its interval."""
     config, tokens = DATASETS[name]
     keys, prompt = ASKED.get(name, ([], "{question}"))
     file = TaskFile(
@@ -88,7 +90,9 @@ def solved(lm: Any, name: str, questions: int) -> float:
         lm, [example.prompt for example in task.examples], method=Greedy(), width=1, batch_size=questions,
         max_new_tokens=tokens, stop=task.stop,
     )  # fmt: skip
-    return task.score({e.id: result.best.text for e, result in zip(task.examples, results, strict=True)})["solved"]
+    share = task.score({e.id: result.best.text for e, result in zip(task.examples, results, strict=True)})["solved"]
+    interval = binomtest(round(share * questions), questions).proportion_ci(method="wilson")
+    return f"{share:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def main() -> None:
@@ -103,7 +107,7 @@ def main() -> None:
     try:
         lm = dts.load(options.model)
         for name in options.datasets:
-            print(f"{name}: {solved(lm, name, options.questions):.3f}", flush=True)
+            print(f"{name}: {solved(lm, name, options.questions)}", flush=True)
     except dts.DTSError as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 

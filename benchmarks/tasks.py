@@ -5,7 +5,8 @@
 
 Best-of-N draws N samples. Every other method may forward as many tokens as `--budget` of them cost, or has so many
 paths; greedy decoding has one. Sampling, smaller best-of-N and votes are read off the same N samples. Each method
-returns one answer for each problem, chosen by its reward, which sees no reference; the task then judges it. `--block`
+returns one answer for each problem, chosen by its reward, which sees no reference; the task then judges it. Power
+sampling (arXiv 2510.14901) alone sees no reward: its answer is one draw from p^4, whatever its search found. `--block`
 problems are decoded at once, each 4 paths wide; seconds are CPU seconds of the process for each problem, with the
 reward's own. One JSON line a problem and method; the same command continues after the blocks that it has finished.
 
@@ -45,6 +46,8 @@ ENDLESS = 10**6  # rollouts of a search that its tokens end
 SAMPLES = "best-of-n"
 SERIES = re.compile(r"sampling|best-of-\d+")  # one draw, and the best of more of them
 OURS = "DTS*"
+POWER = "power sampling"
+ALPHA = 4.0  # of its target p^alpha, as in the paper
 METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget in samples; whether tokens end it
     # "constrained": with the constraint that the task gives, and only where it gives one
     "greedy": (lambda n: Greedy(), False),
@@ -55,6 +58,7 @@ METHODS: dict[str, tuple[Callable[[int], Method], bool]] = {  # from the budget 
     "MCTS": (lambda n: MCTS(ENDLESS), True),
     "DTS": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE), True),
     OURS: (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
+    POWER: (lambda n: MaxEnt(ENDLESS, reward_scale=0.0, power=ALPHA, lookahead=0), True),
     "best-of-n, constrained": (lambda n: BestOfN(n), False),
     "DTS*, constrained": (lambda n: MaxEnt(ENDLESS, reward_scale=SCALE, search="best", order="likelihood"), True),
 }
@@ -84,11 +88,25 @@ def block(lm: Any, task: Any, name: str, places: Sequence[int], options: argpars
         lm, requests, method=make(options.samples if name == SAMPLES else options.budget), width=WIDTH,
         batch_size=WIDTH * len(places), max_new_tokens=options.max_tokens or task.max_tokens, stop=task.stop,
     ))  # fmt: skip
+    answers = [returned(name, result) for result in results]
     seconds = (time.process_time() - begun) / len(places)
     return [
-        record(task, example.id, name, result, seconds, options)
-        for example, result in zip(examples, results, strict=True)
+        record(task, example.id, name, result, best, tokens, seconds, options)
+        for example, result, (best, tokens) in zip(examples, results, answers, strict=True)
     ]
+
+
+def returned(name: str, result: Result) -> tuple[Completion, int]:
+    """The answer of a method, an empty one where its tokens ended before its first text; and its tokens after the
+    prompt. A draw may need new ones. What it sends again, because the batch's memory is free by then, does not count.
+    """
+    usage, again = result.usage, result.usage.recomputed_tokens
+    if name == POWER:
+        best = result.sample(1)[0]
+    else:
+        best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
+    resent = usage.recomputed_tokens - again
+    return best, usage.forwarded_tokens - resent - (usage.prompt_tokens - usage.cached_tokens)
 
 
 def peer_block(lm: Any, task: Any, name: str, places: Sequence[int], options: argparse.Namespace) -> list[Record]:
@@ -113,16 +131,14 @@ def heading(task: Task, name: str, method: str, options: argparse.Namespace) -> 
             "id": name}  # fmt: skip
 
 
-def record(task: Task, name: str, method: str, result: Result, seconds: float, options: argparse.Namespace) -> Record:
-    usage = result.usage
-    # A search whose tokens ended before its first text gives an empty answer.
-    best = result.best if result.completions else Completion("", (), 0.0, 0.0, "length")
+def record(task: Task, name: str, method: str, result: Result, best: Completion, tokens: int, seconds: float,
+           options: argparse.Namespace) -> Record:  # fmt: skip
     by_ids = {one.token_ids: one for one in result.completions}
     drawn = [by_ids[result.tree.tokens(rollout.leaf)] for rollout in result.rollouts] if method == SAMPLES else []
     return {
         **heading(task, name, method, options),
-        "prompt_tokens": usage.prompt_tokens,
-        "tokens": usage.forwarded_tokens - (usage.prompt_tokens - usage.cached_tokens),
+        "prompt_tokens": result.usage.prompt_tokens,
+        "tokens": tokens,
         "seconds": seconds,
         "rollouts": len(result.rollouts),
         **answer(task, name, best.text, best.reward, best.logprob, len(best.token_ids)),

@@ -11,6 +11,10 @@ from dts.errors import RewardError, UsageError
 from dts.rewards import Context, Finished, Reward, State, as_reward, promised
 
 
+class TookTooLong(RewardError):
+    """A reward took longer than it may."""
+
+
 def with_timeout(reward: Reward | Callable[..., Any], seconds: float) -> Reward:
     """The reward, whose scoring raises `RewardError` where it takes longer than `seconds` for each completion.
 
@@ -18,9 +22,14 @@ def with_timeout(reward: Reward | Callable[..., Any], seconds: float) -> Reward:
     returns or the process ends; it keeps neither the search nor the end of the process waiting. Native code that holds
     Python's global lock cannot be timed: run such code in a process of its own.
     """
+    return _Timed(as_reward(reward), check_seconds(seconds))
+
+
+def check_seconds(seconds: float) -> float:
+    """Raises `UsageError` for what is no limit."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise UsageError(f"reward timeout {seconds!r} is not allowed; give a number of seconds > 0")
-    return _Timed(as_reward(reward), seconds)
+    return seconds
 
 
 class _Timed(Reward):
@@ -70,7 +79,7 @@ class _Timed(Reward):
         if errors:
             raise errors[0]
         if not values:
-            raise RewardError(
+            raise TookTooLong(
                 f"reward {self.name!r} took longer than {limit:g} s {about}; raise the reward timeout, or mend the "
                 "reward (it continues in a thread that cannot be ended)"
             )

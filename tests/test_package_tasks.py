@@ -11,11 +11,14 @@ import pytest
 
 import dts
 from dts.errors import UnavailableError, UsageError
+from dts.evaluation.data.files import locate
 from dts.evaluation.data.programs import examples, read_human_eval
 from dts.evaluation.tasks import TASKS, load_task, oracle, reasoning, schemas
+from dts.evaluation.tasks.programs import passes_tests
 from dts.evaluation.tasks.reasoning import VERIFIERS
+from dts.fetch import cached
 from dts.rewards import Context, Finished
-from dts.search import Greedy
+from dts.search import Greedy, MaxEnt
 
 HEAD = "import math\n\ndef helper(x):\n    return x + 1\n\n"
 DOC = '    """Add one.\n    >>> add(1)\n    2\n    >>> add(-1)\n    0\n    """\n'
@@ -87,6 +90,60 @@ def test_hidden_tests_score_and_the_reward_does_not_know_them(tmp_path):
     assert other.examples[0].prompt == task.examples[0].prompt
 
 
+CLOSE = "def check(candidate):\n    assert candidate(1) == 2\n    assert abs(candidate(5) - 6) < 1e-6\n"
+CHEATS = {
+    "equals everything": "class Same:\n    def __eq__(self, other): return True\n"
+    "    def __sub__(self, other): return 0\ndef add(x):\n    return Same()",
+    "patches what the test calls": "import builtins\nbuiltins.abs = lambda x: 0\ndef add(x):\n    return 2",
+    "patches how values are written": "import builtins\nbuiltins.repr = lambda x: '2'\ndef add(x):\n    return x",
+    "reads the test": "import sys\ndef add(x):\n    names = sys._getframe(1).f_code.co_consts\n"
+    "    return [2, 6][x == 5] if {2, 6} & set(names) else 0",
+    "writes that it passed": "import os\nfor file in range(16):\n    try:\n"
+    "        os.write(file, b'{\"value\": \"passed\"}\\n{\"value\": true}\\n')\n"
+    "    except OSError:\n        pass\nos._exit(0)\ndef add(x):\n    return 0",
+    "leaves as it is imported": "import os\nos._exit(0)\ndef add(x):\n    return 0",
+    "leaves as it is called": "import os\ndef add(x):\n    os._exit(0)",
+    "defines the test": "def check(candidate):\n    pass\n_verdict = check\ndef add(x):\n    return 0",
+    "patches the sandbox": "import sys\nsys.modules['__main__'].json.dumps = lambda x: '{\"value\": \"passed\"}'\n"
+    "def add(x):\n    return 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_an_answer_cannot_cheat_the_hidden_tests(tmp_path, cheat):
+    program = read_human_eval(human_eval(tmp_path, test=CLOSE))[0]
+    assert not passes_tests(program, f"```python\n{CHEATS[cheat]}\n```")
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert [candidate(x) for x in (1, candidate(1))] == [2, 3]",  # a call that depends on a value
+        "assert candidate(x=3) == 4 and abs(add(4) - 5) < 1e-6",
+        "import random\n    x = random.randrange(10**9)\n    assert candidate(x) == x + 1",
+        "assert not raises(candidate, 1) and raises(candidate, 'a')",
+    ],
+)
+def test_hidden_tests_may_call_as_they_like(tmp_path, test):
+    raises = "def raises(f, x):\n    try:\n        f(x)\n    except Exception:\n        return True\n    return False\n"
+    program = read_human_eval(human_eval(tmp_path, test=f"{raises}def check(candidate):\n    {test}\n"))[0]
+    assert passes_tests(program, RIGHT)
+    assert not passes_tests(program, "def add(x):\n    return 0")
+
+
+def test_a_value_that_equals_a_literal_passes_for_it(tmp_path):
+    test = "def check(candidate):\n    assert candidate(1) == [{2: 1}, (3, {4}), set()]\n"
+    counts = "from collections import Counter, namedtuple\npair = namedtuple('pair', 'a b')\n"
+    answer = "def add(x):\n    return [Counter([x + 1]), pair(3, {4}), set()]"
+    assert passes_tests(read_human_eval(human_eval(tmp_path, test=test))[0], f"```python\n{counts}{answer}\n```")
+
+
+def test_a_hidden_test_that_gives_other_things_than_literals_is_named(tmp_path):
+    program = read_human_eval(human_eval(tmp_path, test="def check(candidate):\n    assert candidate(len) == 2\n"))[0]
+    with pytest.raises(UsageError, match=r"the test of Own/0 calls add with .* is no literal; give literals"):
+        passes_tests(program, RIGHT)
+
+
 def test_a_problem_without_an_example_is_listed_and_scored(tmp_path):
     task = load_task("humaneval", data_dir=human_eval(tmp_path, prompt=f'{HEAD}def add(x):\n    """Add one."""\n'))
     assert task.without_examples == ["Own/0"]
@@ -126,6 +183,18 @@ def test_the_package_has_164_problems_of_which_24_show_no_example_that_we_can_re
         pytest.skip(str(error))
     assert len(task.examples) == 164
     assert len(task.without_examples) == 24
+
+
+@pytest.mark.minutes
+def test_the_package_s_own_solutions_pass_the_hidden_tests():
+    try:
+        file = locate(cached("human-eval"), ["HumanEval.jsonl.gz"])
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    with gzip.open(file, "rt") as lines:
+        solutions = {row["task_id"]: row["prompt"] + row["canonical_solution"] for row in map(json.loads, lines)}
+    for program in read_human_eval(file):
+        assert passes_tests(program, f"```python\n{solutions[program.id]}\n```"), program.id
 
 
 # Our own coding problems --------------------------------------------------------------------------------------------
@@ -399,6 +468,34 @@ def test_the_comparison_continues_after_what_it_has(bench, tiny_lm, tmp_path, ca
     both = bench.read(options.output)
     assert len(both) == 18 and bench.report(both).count("3 problems, up to") == 2  # other data are another table
     assert "**keyword** from mine, tiny" in bench.report(both)
+
+
+def test_power_sampling_returns_one_draw_from_p_to_the_fourth_that_no_reward_changes(bench, tiny_lm, tmp_path):
+    """By hand: the same search alone, its draw, and what that took."""
+    options = options_of(tmp_path / "tasks.jsonl", "power sampling")
+    task, blind = (load_task("keyword", num_samples=2) for _ in range(2))
+    blind.reward = lambda example: lambda text: 0.0
+    bench.run(tiny_lm, task, options, [])
+    bench.run(tiny_lm, blind, options_of(tmp_path / "blind.jsonl", "power sampling"), [])
+    rows, others = (
+        [row for row in bench.read(path) if row["method"] == "power sampling"]
+        for path in (options.output, tmp_path / "blind.jsonl")
+    )
+    assert [row["text"] for row in rows] == [row["text"] for row in others]
+    samples = [row for row in bench.read(options.output) if row["method"] == "best-of-n"]
+    for place, (row, drawn) in enumerate(zip(rows, samples, strict=True)):
+        limit = drawn["prompt_tokens"] + -(-drawn["tokens"] * options.budget // options.samples)
+        alone = dts.decode(
+            tiny_lm, task.examples[place].prompt, method=MaxEnt(10**6, reward_scale=0.0, power=4.0, lookahead=0),
+            seed=100 + 1000 * place + 1, budget=dts.Budget(tokens=limit), batch_size=4, max_new_tokens=20,
+        )  # fmt: skip
+        assert str(alone.target) == "p(x)^4 exp(0 r(x))"
+        searched, resent = alone.usage.forwarded_tokens, alone.usage.recomputed_tokens
+        best = alone.sample(1)[0]
+        drawing = alone.usage.forwarded_tokens - searched - (alone.usage.recomputed_tokens - resent)
+        assert (row["text"], row["logprob"]) == (best.text, pytest.approx(best.logprob, abs=1e-4))
+        assert row["tokens"] == searched + drawing - row["prompt_tokens"]
+        assert row["tokens"] <= limit - row["prompt_tokens"] + drawing and drawing <= 20
 
 
 @pytest.fixture

@@ -138,6 +138,17 @@ def test_an_error_of_the_function_itself_is_the_one_that_is_shown():
         finish(dts.as_reward(lambda text: {}[text]), "some text")
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("batched", [False, True])
+def test_an_async_function_that_would_end_the_process_fails_and_later_calls_are_answered(error, batched):
+    async def leaves(given):
+        raise error("x")
+
+    with pytest.raises(dts.RewardError, match=f"{error.__name__}: x"):
+        finish(dts.as_reward(leaves, batched=batched), "some text")
+    assert finish(dts.as_reward(later), "a") == [1.0]
+
+
 def test_a_class_is_no_reward():
     with pytest.raises(dts.UsageError, match=r"reward=Count is a class; give an instance of it: Count\(\.\.\.\)"):
         dts.as_reward(Count)

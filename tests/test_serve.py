@@ -520,7 +520,15 @@ def test_one_at_a_time_gives_the_same_to_the_last_bit(lm):
     worker.close()
 
 
-def test_a_request_that_fails_in_a_batch_ends_alone(lm):
+class Own(BaseException):
+    """What no `except Exception` catches."""
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, Own])
+def test_a_request_that_fails_in_a_batch_ends_alone(lm, error):
+    def fails(text):
+        raise error("secret of the operator")
+
     gate, worker = Gate(), Worker(lm, waiting=9, new_tokens=40)
     rewards = {"gate": gate, "many_a": many_a, "fails": fails}
     first = told_by(worker, {"prompt": "ab", "max_tokens": 2, "reward": "gate", "rollouts": 1}, rewards)
@@ -528,15 +536,42 @@ def test_a_request_that_fails_in_a_batch_ends_alone(lm):
     waiting = [
         told_by(worker, {"prompt": ["ab", "cd", "ef"], "max_tokens": 3, "reward": "fails"}, rewards),
         told_by(worker, {"prompt": "a" * 300, "max_tokens": 3}, rewards),
-        told_by(worker, {"prompt": "ab", "max_tokens": 3, "reward": "many_a"}, rewards),
+        told_by(worker, {"prompt": "ab", "max_tokens": 9, "reward": "many_a", "rollouts": 4}, rewards),
     ]
     gate.open.set()
     failed, long, good = (told.get(timeout=60) for told in waiting)
     assert isinstance(failed, dts.RewardError) and "decode_many" not in str(failed)
+    assert error.__name__ in str(failed)
     assert isinstance(long, dts.UsageError) and str(long).startswith("prompt of 300 tokens")
     assert isinstance(good, list) and isinstance(first.get(timeout=60), list)
+    assert isinstance(told_by(worker, {"prompt": "ab", "max_tokens": 2}, rewards).get(timeout=60), list)
     worker.close()
     assert all(told.empty() for told in waiting)  # each was told once
+
+
+@pytest.mark.parametrize("called", ["start", "extend", "earned", "upper", "promise", "finish"])
+def test_whatever_a_reward_object_does_not_survive_is_an_error_of_its_request(lm, called):
+    def leave(*_):
+        raise SystemExit
+
+    reward = type("Leaving", (dts.Reward,), {"name": "leaving", "monotone": True, called: leave})()
+    worker = Worker(lm, waiting=9, new_tokens=4)
+    told = told_by(worker, {"prompt": "ab", "max_tokens": 3, "reward": "leaving"}, {"leaving": reward})
+    failed = told.get(timeout=60)
+    worker.close()
+    assert isinstance(failed, dts.RewardError) and str(failed) == "reward 'leaving' raised SystemExit: "
+
+
+def test_a_reward_that_takes_too_long_holds_up_the_others_once(lm):
+    gate, worker = Gate(), Worker(lm, waiting=9, new_tokens=40, reward_seconds=0.05)
+    slow = told_by(worker, {"prompt": "ab", "max_tokens": 6, "reward": "gate"}, {"gate": gate})
+    other = told_by(worker, {"prompt": "ab", "max_tokens": 6}, {})
+    failed = slow.get(timeout=60)
+    assert isinstance(failed, dts.RewardError) and "took longer than" in str(failed)
+    assert gate.texts == 1  # it was not asked again
+    assert isinstance(other.get(timeout=60), list)
+    gate.open.set()
+    worker.close()
 
 
 def test_a_server_that_closes_stops_its_search_and_tells_those_that_wait(lm):
@@ -579,6 +614,8 @@ def test_options_become_limits_and_bad_ones_are_refused():
         limits_of(build_parser().parse_args(["--max-seconds", "0"]))
     with pytest.raises(dts.UsageError, match="--port=70000"):
         service_of(build_parser().parse_args(["--port", "70000", "--model", "nowhere"]))
+    with pytest.raises(dts.UsageError, match="reward timeout inf is not allowed"):
+        service_of(build_parser().parse_args(["--reward-timeout", "inf", "--model", "nowhere"]))
 
 
 def test_a_page_that_points_its_name_at_this_machine_is_refused(address):

@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     limits.add_argument("--max-prompts", type=int, default=16, metavar="N", help="of /v1/completions (default: 16)")
     limits.add_argument("--max-seconds", type=float, default=120.0, metavar="X",
                         help="from its arrival; what was found by then is the answer (default: 120)")  # fmt: skip
+    limits.add_argument("--reward-timeout", type=float, metavar="SECONDS",
+                        help="that a reward may take for a text, or its request fails (default: no limit)")  # fmt: skip
     limits.add_argument("--max-bytes", type=int, default=1 << 20, metavar="N", help="of the body (default: 1 MiB)")
     limits.add_argument("--max-waiting", type=int, default=64, metavar="N",
                         help="requests that wait; further ones get 429 (default: 64)")  # fmt: skip
@@ -91,12 +93,16 @@ def service_of(options: argparse.Namespace) -> Service:
     import dts
     from dts.doors.app import Service
     from dts.doors.worker import Worker
+    from dts.timeout import check_seconds
 
     check_whole("--port", options.port, 0, 65535, allowed="a port from 0 to 65535")
+    if options.reward_timeout is not None:
+        check_seconds(options.reward_timeout)
     limits, key = limits_of(options), key_from(os.environ.get(KEY), options.host)
     rewards = {} if options.rewards is None else rewards_of(Path(options.rewards))
     lm = dts.load(options.model, device=options.device, dtype=options.dtype)
-    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens, together=limits.together)
+    worker = Worker(lm, waiting=limits.waiting, new_tokens=limits.new_tokens, together=limits.together,
+                    reward_seconds=options.reward_timeout)  # fmt: skip
     name = options.name or options.model.rstrip("/").rpartition("/")[2]
     return Service(worker, name, rewards, limits, key, hosts_of(options.host))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import dts
 from dts.doors.bodies import Asked
+from dts.doors.contained import Contained
 from dts.errors import DTSError, UnavailableError, UsageError
 from dts.lm import LanguageModel
 from dts.many import LATER
@@ -81,11 +82,19 @@ class Job:
 class Worker:
     """A model and the requests that wait for it."""
 
-    def __init__(self, lm: LanguageModel, *, waiting: int, new_tokens: int, together: int = 8) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        waiting: int,
+        new_tokens: int,
+        together: int = 8,
+        reward_seconds: float | None = None,
+    ) -> None:
         """waiting: requests that may wait, besides those under way. new_tokens: of a completion at most, and where the
         request does not say. together: prompts that are searched at the same time; with 1 nothing depends on others,
-        to the last bit."""
-        self.lm = lm
+        to the last bit. reward_seconds: that a reward may take for each text."""
+        self.lm, self._reward_seconds = lm, reward_seconds
         self._new_tokens, self._most, self._together = new_tokens, waiting, together
         self._width = min(WIDTH, lm.batch_limit(new_tokens, new_tokens, None))
         self._waiting: deque[Job] = deque()  # the first one may have begun, if it has several prompts
@@ -123,7 +132,7 @@ class Worker:
         while self._awaited():
             try:
                 self._search()
-            except BaseException as error:  # of the batch, or SystemExit of a reward: this thread must not end
+            except BaseException as error:  # of the whole batch: this thread must not end
                 log.error("searches failed", exc_info=error)
                 failed = error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
                 for number in list(self._under_way):
@@ -191,8 +200,9 @@ class Worker:
             **asked.decoding, "max_new_tokens": self._length(asked.prompts[prompt], asked),
             "batch_size": min(self._width, asked.method.batch_size()), "chat_template_kwargs": asked.variables or None,
         }  # fmt: skip
+        reward = None if asked.reward is None else Contained(asked.reward, self._reward_seconds)
         return dts.Request(
-            asked.prompts[prompt], asked.reward, asked.seed + prompt, method=asked.method, settings=settings,
+            asked.prompts[prompt], reward, asked.seed + prompt, method=asked.method, settings=settings,
             stopped=lambda: job.over or self._closing.is_set() or time.monotonic() > job.deadline,
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ def is_async(function: Any) -> bool:
 
 def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What a coroutine returns, also where this thread has an event loop that runs (a notebook)."""
-    future = asyncio.run_coroutine_threadsafe(coroutine, _loop(os.getpid()))
+    future = asyncio.run_coroutine_threadsafe(_contained(coroutine), _loop(os.getpid()))
     try:
         return future.result()
     finally:
@@ -48,9 +48,17 @@ def _in_loop(
 
     async def call(text: str) -> Any:
         async with free:
-            return await function(text)
+            return await _contained(function(text))
 
     return [asyncio.run_coroutine_threadsafe(call(text), _loop(os.getpid())) for text in texts]
+
+
+async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What it returns. These two would end the event loop, and every later call would wait for ever."""
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def _in_threads(function: Callable[[str], Any], texts: Sequence[str], count: int) -> list[Future[Any]]:

@@ -20,20 +20,13 @@ import numpy as np
 from dts.errors import UsageError
 from dts.evaluation.data.programs import Program, load_programs
 from dts.evaluation.tasks.base import Example, Row, Task
+from dts.evaluation.tasks.hidden_tests import VALUE, literal, passes
 from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
 from dts.rewards import Reward, as_reward
 from dts.training.coding.sandbox import run
 from dts.training.coding.task import Problem, extract, problems, public_share, solves
 
 PARSES, RUNS = 0.1, 0.1  # of the reward; examples give the rest
-HELPERS = """
-def _value_of(source):
-    return repr(eval(source))
-
-def _passes():
-    check({function})
-    return "passed"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ def visible_share(program: Program, text: str) -> float:
     if code is None:
         return 0.0
     sources = ["0", *(source for source, _ in program.examples)]
-    first, *answers = run(code + HELPERS.format(function=program.function), "_value_of", [[s] for s in sources]).answers
+    first, *answers = run(code + VALUE, "_value_of", [[s] for s in sources]).answers
     if first.error is not None:
         return PARSES
     right = sum(
@@ -85,12 +78,9 @@ def visible_share(program: Program, text: str) -> float:
 
 
 def passes_tests(program: Program, text: str) -> bool:
-    """Whether the answer passes the hidden tests, which run inside the sandbox."""
+    """Whether the answer passes the hidden tests."""
     code = _code(program, text)
-    if code is None:
-        return False
-    whole = f"{code}\n{program.test}\n{HELPERS.format(function=program.function)}"
-    return run(whole, "_passes", [[]]).answers[0].value == "passed"
+    return code is not None and passes(program, code)
 
 
 def _code(program: Program, text: str) -> str | None:
@@ -111,10 +101,9 @@ def _parses(code: str) -> bool:
 def _same(shown: Any, expected: Any) -> bool:
     """Whether the text of a value is the value of an example; numbers within 1e-6."""
     try:
-        value = ast.literal_eval(shown)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return _equal(literal(shown), expected)
+    except ValueError:
         return False
-    return _equal(value, expected)
 
 
 def _equal(value: Any, expected: Any) -> bool:
