@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dts.errors import ModelError, raised
+from dts.errors import ModelError, UnavailableError, raised
 from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
 from dts.results import Usage
 from dts.rewards import Prompt
@@ -115,17 +115,26 @@ class EngineModel:
         return [self._checked(request, tail) for request, tail in zip(requests, tails, strict=True)]
 
     def _checked(self, request: TailRequest, tail: Tail | Exception) -> Tail | Exception:
-        problem = None if isinstance(tail, Exception) else self._problem(request, tail)
-        return tail if problem is None else ModelError(
-            f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must give "
-            "log-probabilities of the distribution that it draws from"
-        )  # fmt: skip
+        if isinstance(tail, Exception):
+            return tail
+        if problem := self._problem(request, tail):
+            return ModelError(
+                f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must give "
+                "log-probabilities of the distribution that it draws from"
+            )
+        listed = min(map(len, tail.rows))
+        if listed < self.top and not request.barred:
+            return UnavailableError(
+                f"{self.name}: the engine lists {listed} log-probabilities of a token, and top={self.top} were asked "
+                "for; let it list more, or give a smaller top="
+            )
+        return tail
 
     def _problem(self, request: TailRequest, tail: Tail) -> str | None:
         """What shows that an answer cannot be right."""
         if not 1 <= len(tail.tokens) <= request.limit or len(tail.rows) != len(tail.tokens):
             return f"an answer has {len(tail.tokens)} tokens and {len(tail.rows)} rows, up to {request.limit} wanted"
-        if len(tail.tokens) < request.limit and tail.tokens[-1] not in self.eos_ids:
+        if len(tail.tokens) < request.limit and not (tail.ended or tail.tokens[-1] in self.eos_ids):
             return f"a tail ended after token {tail.tokens[-1]}, which is no EOS token of the tokenizer"
         if any(token in self.eos_ids for token in tail.tokens[:-1]):
             return f"a tail continues after an EOS token, one of {sorted(self.eos_ids)}"
