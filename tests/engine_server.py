@@ -8,7 +8,7 @@ import http.server
 import json
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dts.lm import LanguageModel, Tail, TailRequest
@@ -65,9 +65,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class EngineServer(http.server.ThreadingHTTPServer):
-    """lm: what it serves. processed: whether log-probabilities are those after a logit bias, as with SGLang. Of
-    llama.cpp: partial, ids of half a character each. ends, further ids at which it ends. room, tokens that its context
-    has. settings, of its command line."""
+    """lm: what it serves. processed: whether log-probabilities are those after a logit bias, as with SGLang. ends:
+    further ids at which SGLang and llama.cpp end. Of llama.cpp: partial, ids of half a character each; room, tokens
+    that its context has; settings, of its command line."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -107,6 +107,11 @@ class EngineServer(http.server.ThreadingHTTPServer):
         speak = {"/v1/completions": _vllm, "/generate": _sglang, "/completion": _llama_cpp}[path]
         return speak(self, body)
 
+    def until_end(self, tokens: Sequence[int]) -> list[int]:
+        """Without what follows one of `ends`."""
+        places = [place for place, token in enumerate(tokens) if token in self.ends]
+        return list(tokens[: places[0] + 1] if places else tokens)
+
     def tail(self, ids: list[int], limit: int, seed: int, top: int, barred: list[int]) -> Tail:
         """What it draws. Prompts are told from their tokens by nothing, so each text is a prompt."""
         with self.lock:
@@ -142,10 +147,13 @@ def _sglang(server: EngineServer, body: dict[str, Any]) -> dict[str, Any]:
     barred = [int(token) for token, bias in sampling.get("logit_bias", {}).items() if bias == -100]
     top = body["top_logprobs_num"]
     tail = server.tail(body["input_ids"], sampling["max_new_tokens"], sampling["sampling_seed"], top, barred)
-    return {"output_ids": list(tail.tokens), "meta_info": {
-        "prompt_tokens": len(body["input_ids"]), "cached_tokens": len(body["input_ids"]) - 1,
-        "output_token_logprobs": [[row[token], token, None] for token, row in zip(tail.tokens, tail.rows, strict=True)],
-        "output_top_logprobs": [[[log, token, None] for token, log in row.items()] for row in tail.rows],
+    tokens = server.until_end(tail.tokens)
+    short = len(tokens) < sampling["max_new_tokens"] or tokens[-1] in server.ends
+    reason = {"type": "stop", "matched": tokens[-1]} if short else {"type": "length", "length": len(tokens)}
+    return {"output_ids": tokens, "meta_info": {
+        "prompt_tokens": len(body["input_ids"]), "cached_tokens": len(body["input_ids"]) - 1, "finish_reason": reason,
+        "output_token_logprobs": [[row[token], token, None] for token, row in zip(tokens, tail.rows, strict=False)],
+        "output_top_logprobs": [[[log, token, None] for token, log in row.items()] for row in tail.rows[: len(tokens)]],
     }}  # fmt: skip
 
 
@@ -159,14 +167,12 @@ def _llama_cpp(server: EngineServer, body: dict[str, Any]) -> dict[str, Any]:
     top = min(body["n_probs"], server.engine.max_top)
     tail = server.tail(body["prompt"], body["n_predict"], body["seed"], top, barred)
     noted, tokens, within, left = [], [], False, server.room - len(body["prompt"])
-    for token, row in zip(tail.tokens[:left], tail.rows, strict=False):
+    for token, row in zip(server.until_end(tail.tokens[:left]), tail.rows, strict=False):
         within = not plain and token in server.partial and not within
         listed = [{"id": t, "logprob": max(log, LOWEST)} for t, log in sorted(row.items(), key=lambda one: -one[1])]
         tokens.append(token)
         if not within:  # it notes nothing while the text ends within a character
             noted.append({"id": token, "logprob": row[token], "top_logprobs": listed[:top]})
-        if token in server.ends:
-            break
     eos = tokens[-1] in server.ends or len(tail.tokens) < body["n_predict"]
     answer = {
         "tokens": tokens, "tokens_evaluated": len(body["prompt"]), "stop_type": "eos" if eos else "limit",

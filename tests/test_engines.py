@@ -173,14 +173,22 @@ def test_a_row_of_llama_cpp_that_could_be_one_of_two_tokens_is_asked_for_again(s
     assert [row[3] for row in tail.rows] == pytest.approx([row[3] for row in wanted.rows])
 
 
-def test_a_token_at_which_llama_cpp_ends_and_the_tokenizer_does_not_is_one_like_others(serve):
-    """A model file names more of them than Hugging Face's configuration."""
-    server = serve(LM, ends={2})
-    lm, wanted = load(server, preset="llama.cpp"), direct()
+@pytest.mark.parametrize("preset", ["llama.cpp", "sglang"])
+def test_a_token_at_which_the_engine_ends_and_the_tokenizer_does_not_is_one_like_others(serve, preset, caplog):
+    """A model file, or the engine, names more of them than Hugging Face's configuration. Once it says so."""
+    server = serve(LM, ends={2}, processed=preset == "sglang")
+    lm, wanted = load(server, preset=preset), direct()
     drawn = [dts.decode(one, [1, 2], reward=len, method=BestOfN(64), max_new_tokens=4) for one in (lm, wanted)]
     word = TOKENIZER.decode([2])
     beyond = [sum(word in r.text and not r.text.endswith(word) for r in result.rollouts) for result in drawn]
     assert min(beyond) > 5 and abs(beyond[0] - beyond[1]) < 20
+    assert [record.args[1] for record in caplog.records if "searches go on after it" in record.message] == [2]
+
+
+def test_a_request_that_sglang_gave_up_says_why(serve):
+    gone = {"meta_info": {"finish_reason": {"type": "abort", "message": "paused"}, "output_token_logprobs": []}}
+    with pytest.raises(dts.UnavailableError, match="SGLang gave the request up: paused"):
+        load(serve(LM, lambda number, body: gone), preset="sglang")
 
 
 @pytest.mark.parametrize(("options", "said"), [

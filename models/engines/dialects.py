@@ -102,12 +102,16 @@ class SGLang:
 
     def tail(self, answer: Any, request: TailRequest, again: Again) -> Tail:
         meta = answer["meta_info"]
+        end = meta.get("finish_reason") or {}
+        if end.get("type") == "abort":
+            raise UnavailableError(f"SGLang gave the request up: {end.get('message')}")
         drawn = [(int(entry[1]), float(entry[0])) for entry in meta["output_token_logprobs"]]
         rows = []
         for (token, log), top in zip(drawn, meta["output_top_logprobs"], strict=True):
             rows.append({**{int(entry[1]): float(entry[0]) for entry in top}, token: log})
         computed = _computed(int(meta["prompt_tokens"]), int(meta.get("cached_tokens") or 0), len(drawn))
-        return Tail(tuple(token for token, _ in drawn), tuple(rows), computed)
+        ended = bool(drawn) and end.get("matched") == drawn[-1][0]  # also at tokens that it knows by their names
+        return Tail(tuple(token for token, _ in drawn), tuple(rows), computed, ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,7 @@ class LlamaCpp:
             else:
                 row = {**_listed(entry), token: float(entry["logprob"])}
             rows.append(row)
-        return Tail(tuple(tokens), tuple(rows), computed, ended=answer.get("stop_type") == "eos")
+        return Tail(tuple(tokens), tuple(rows), computed, answer.get("stop_type") == "eos")
 
 
 def _check_llama_cpp(answer: Any) -> None:

@@ -13,6 +13,7 @@ a request of one token, in which the listed ones are barred, names the token.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
 from dts.results import Usage
 from dts.rewards import Prompt
 from dts.settings import LARGEST
+
+log = logging.getLogger(__name__)
 
 UNLISTED = 1e-6  # mass below which a row is taken to list everything; log-probabilities of float32 are no better
 TOO_MUCH = 1e-2  # above 1, of a row's sum: it is no distribution
@@ -65,6 +68,7 @@ class EngineModel:
         self.engine, self.texts, self.name = engine, texts, name
         self.top, self.segment = min(top, engine.max_top, texts.vocab_size), segment
         self.tokenizer = getattr(texts, "tokenizer", None)
+        self._ends: set[int] = set()  # see `_tell_of_end`
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -128,7 +132,18 @@ class EngineModel:
                 f"{self.name}: the engine lists {listed} log-probabilities of a token, and top={self.top} were asked "
                 "for; let it list more, or give a smaller top="
             )
+        self._tell_of_end(tail)
         return tail
+
+    def _tell_of_end(self, tail: Tail) -> None:
+        """Once for each token at which the engine ends and searches go on."""
+        last = tail.tokens[-1]
+        if tail.ended and last not in self.eos_ids and last not in self._ends:
+            self._ends.add(last)
+            log.warning(
+                "%s: the engine ends at token %d (%r), and searches go on after it, because the tokenizer and its "
+                "generation_config.json do not name it as an end", self.name, last, self.decode([last]),
+            )  # fmt: skip
 
     def _problem(self, request: TailRequest, tail: Tail) -> str | None:
         """What shows that an answer cannot be right."""
