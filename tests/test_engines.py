@@ -170,6 +170,7 @@ def test_a_row_of_llama_cpp_that_could_be_one_of_two_tokens_is_asked_for_again(s
     (tail,) = lm.complete([TailRequest((1,), (), 4, 0, 3)])
     (wanted,) = Stepwise(twice, max_new_tokens=4).complete([TailRequest((1,), (), 4, 0, 3)])
     assert tail.tokens == wanted.tokens == (3, 3, 3, 3)
+    assert tail.computed == 8  # four tokens of the tail, and one for each row
     assert [row[3] for row in tail.rows] == pytest.approx([row[3] for row in wanted.rows])
 
 
