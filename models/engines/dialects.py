@@ -22,7 +22,7 @@ class Dialect(Protocol):
 
     @property
     def start(self) -> str:
-        """Options of its command line that it needs."""
+        """What its server must be started with."""
 
     def url(self, base: str) -> str:
         """Where requests go. base: as given, such as http://host:8000/v1."""
@@ -123,7 +123,7 @@ class LlamaCpp:
     logit bias, so a request that must draw something plain reports the same row.
     """
 
-    start: str = "--parallel 8"
+    start: str = "a version of 2025 or later"
 
     def url(self, base: str) -> str:
         return f"{_root(base)}/completion"
