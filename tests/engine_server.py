@@ -144,6 +144,8 @@ def _vllm(server: EngineServer, body: dict[str, Any]) -> dict[str, Any]:
 
 def _sglang(server: EngineServer, body: dict[str, Any]) -> dict[str, Any]:
     sampling = body["sampling_params"]
+    assert [sampling[name] for name in ("temperature", "n", "min_new_tokens", "ignore_eos")] == [1.0, 1, 0, False]
+    assert {sampling[name] for name in ("stop", "stop_token_ids", "json_schema", "regex", "ebnf")} == {None}
     barred = [int(token) for token, bias in sampling.get("logit_bias", {}).items() if bias == -100]
     top = body["top_logprobs_num"]
     tail = server.tail(body["input_ids"], sampling["max_new_tokens"], sampling["sampling_seed"], top, barred)

@@ -12,6 +12,7 @@ from dts.errors import UnavailableError
 from dts.lm import Tail, TailRequest
 
 BAR = -100.0  # added to logits of tokens that must not be drawn; the least that the servers take
+SGLANG_UNSET = ("stop", "stop_token_ids", "json_schema", "regex", "ebnf", "structural_tag")  # its command line may set
 PLAIN = [["a", 1000.0]]  # a logit bias of llama.cpp after which the drawn token is plain text
 EVERY = 2**24  # tokens to list; llama.cpp gives as many as there are
 Again = Callable[..., Any]  # sends the body again with these fields changed, and gives the answer
@@ -92,6 +93,7 @@ class SGLang:
         sampling: dict[str, Any] = {
             "max_new_tokens": request.limit, "sampling_seed": request.seed, "temperature": 1.0, "top_p": 1.0,
             "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "n": 1, "min_new_tokens": 0, "ignore_eos": False, **dict.fromkeys(SGLANG_UNSET),
         }  # fmt: skip
         if request.barred:
             sampling["logit_bias"] = {str(token): BAR for token in request.barred}
