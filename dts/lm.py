@@ -149,6 +149,7 @@ class Tail:
     tokens: tuple[int, ...]  # at least one; with the EOS token where one was drawn
     rows: tuple[Mapping[int, float], ...]  # log p by id, nats: the likeliest tokens and the one that was drawn
     computed: int  # token positions that entered the model, of the prefix and of the tail
+    ended: bool = False  # whether the last token is one that the engine ends at; the tokenizer may know fewer of them
 
 
 class Completer(Protocol):

@@ -151,6 +151,70 @@ def test_the_first_request_finds_out_what_a_server_lacks(serve, answer, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("partial", [{3}, {1, 2, 3, 5}, set(range(1, 8))])
+def test_llama_cpp_is_asked_again_for_the_rows_of_tokens_that_end_within_a_character(serve, partial):
+    """Its server leaves them out. The search is that of the same tails, and the tokens of each request count."""
+    server = serve(LM, partial=partial)
+    result, wanted = searched(load(server, preset="llama.cpp"), seed=3), searched(direct(), seed=3)
+    assert [(r.text, r.reward) for r in result.rollouts] == [(r.text, r.reward) for r in wanted.rollouts]
+    probabilities = [[c.logprob for c in one.completions] for one in (result, wanted)]
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-9)
+    rows = [r["body"]["n_probs"] for r in server.requests if r["body"]["logit_bias"] == [["a", 1000.0]]]
+    assert 3 in rows and max(rows) > 8  # the row as it is listed; and all of it where the token is not listed
+    assert result.usage.forwarded_tokens > searched(load(serve(LM), preset="llama.cpp"), seed=3).usage.forwarded_tokens
+
+
+def test_a_row_of_llama_cpp_that_could_be_one_of_two_tokens_is_asked_for_again(serve):
+    twice = TableModel(lambda prefix: np.array([-99.0, -99, -99, 9 - len(prefix), -99, 0, 0, 0]), 8, eos=0)
+    lm = patient(serve(twice, partial={3}), "llama.cpp")[0]
+    (tail,) = lm.complete([TailRequest((1,), (), 4, 0, 3)])
+    (wanted,) = Stepwise(twice, max_new_tokens=4).complete([TailRequest((1,), (), 4, 0, 3)])
+    assert tail.tokens == wanted.tokens == (3, 3, 3, 3)
+    assert tail.computed == 8  # four tokens of the tail, and one for each row
+    assert [row[3] for row in tail.rows] == pytest.approx([row[3] for row in wanted.rows])
+
+
+@pytest.mark.parametrize("preset", ["llama.cpp", "sglang"])
+def test_a_token_at_which_the_engine_ends_and_the_tokenizer_does_not_is_one_like_others(serve, preset, caplog):
+    """A model file, or the engine, names more of them than Hugging Face's configuration. Once it says so."""
+    server = serve(LM, ends={2}, processed=preset == "sglang")
+    lm, wanted = load(server, preset=preset), direct()
+    drawn = [dts.decode(one, [1, 2], reward=len, method=BestOfN(64), max_new_tokens=4) for one in (lm, wanted)]
+    word = TOKENIZER.decode([2])
+    beyond = [sum(word in r.text and not r.text.endswith(word) for r in result.rollouts) for result in drawn]
+    assert min(beyond) > 5 and abs(beyond[0] - beyond[1]) < 20
+    assert [record.args[1] for record in caplog.records if "searches go on after it" in record.message] == [2]
+
+
+def test_a_request_that_sglang_gave_up_says_why(serve):
+    gone = {"meta_info": {"finish_reason": {"type": "abort", "message": "paused"}, "output_token_logprobs": []}}
+    with pytest.raises(dts.UnavailableError, match="SGLang gave the request up: paused"):
+        load(serve(LM, lambda number, body: gone), preset="sglang")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"room": 2}, "no room for all tokens after a prompt of 1; .* larger --ctx-size"),
+    ({"settings": {"grammar": "root ::= [0-9]"}}, "start it without --grammar"),
+    ({"settings": {"stop": ["User:"]}}, "start it without --reverse-prompt"),
+    ({"settings": {"speculative.types": "ngram-simple"}}, "start it without --spec-type"),
+])  # fmt: skip
+def test_a_llama_cpp_server_that_draws_otherwise_or_has_no_room_says_which_option_to_change(serve, options, said):
+    with pytest.raises(dts.UnavailableError, match=said) as caught:
+        load(serve(LM, **options), preset="llama.cpp")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_lists_too_few_tokens_is_refused_wherever_it_stands():
+    class Drafting(Stepwise):
+        def complete(self, requests):
+            (tail,) = super().complete(requests)
+            return [replace(tail, rows=(*tail.rows[:-1], {tail.tokens[-1]: 0.0}))]
+
+    lm = EngineModel(Drafting(LM, max_new_tokens=4), Tokens(TOKENIZER), "drafting", top=3)
+    with pytest.raises(dts.UnavailableError, match="lists 1 log-probabilities of a token, and top=3"):
+        lm.complete([TailRequest((1, 2), (), 3, 7, 3)])
+
+
 def test_a_server_that_ignores_the_bar_is_found_out(serve):
     def ignores(number, body):
         body.pop("logit_bias", None)

@@ -98,8 +98,13 @@ class Server:
 
     def _one(self, request: TailRequest, given_up: threading.Event) -> Tail | Exception:
         """Its tail, or why it gets none. Raises `EngineError` where the others would get none either."""
+        body = self._dialect.body(request, self._model)
+
+        def ask(**changed: Any) -> Any:
+            return self._answer(body | changed, request.limit, given_up)
+
         try:
-            return self._dialect.tail(self._answer(request, given_up), request)
+            return self._dialect.tail(ask(), request, ask)
         except EngineError as error:
             if given_up.is_set():  # another one has said why
                 return error
@@ -114,9 +119,10 @@ class Server:
                 f"{self._dialect.start}?"
             )
 
-    def _answer(self, request: TailRequest, given_up: threading.Event) -> Any:
-        """Raises `UnavailableError` where none can be had for this request, `EngineError` where for none."""
-        body, seconds = self._dialect.body(request, self._model), self._timeout * (1 + request.limit / DOUBLES)
+    def _answer(self, body: dict[str, Any], limit: int, given_up: threading.Event) -> Any:
+        """limit: of tokens. Raises `UnavailableError` where none can be had for this request, `EngineError` where for
+        none."""
+        seconds = self._timeout * (1 + limit / DOUBLES)
         began, failed, tries = self._clock(), math.inf, 0  # failed: when it did so first
         wait, sleep = FIRST_WAIT, self._sleep or given_up.wait
         while not given_up.is_set():

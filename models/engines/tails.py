@@ -13,6 +13,7 @@ a request of one token, in which the listed ones are barred, names the token.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dts.errors import ModelError, raised
+from dts.errors import ModelError, UnavailableError, raised
 from dts.lm import PROMPT_SLOT, Completer, Session, Tail, TailRequest
 from dts.results import Usage
 from dts.rewards import Prompt
 from dts.settings import LARGEST
+
+log = logging.getLogger(__name__)
 
 UNLISTED = 1e-6  # mass below which a row is taken to list everything; log-probabilities of float32 are no better
 TOO_MUCH = 1e-2  # above 1, of a row's sum: it is no distribution
@@ -65,6 +68,7 @@ class EngineModel:
         self.engine, self.texts, self.name = engine, texts, name
         self.top, self.segment = min(top, engine.max_top, texts.vocab_size), segment
         self.tokenizer = getattr(texts, "tokenizer", None)
+        self._ends: set[int] = set()  # see `_tell_of_end`
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -115,17 +119,37 @@ class EngineModel:
         return [self._checked(request, tail) for request, tail in zip(requests, tails, strict=True)]
 
     def _checked(self, request: TailRequest, tail: Tail | Exception) -> Tail | Exception:
-        problem = None if isinstance(tail, Exception) else self._problem(request, tail)
-        return tail if problem is None else ModelError(
-            f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must give "
-            "log-probabilities of the distribution that it draws from"
-        )  # fmt: skip
+        if isinstance(tail, Exception):
+            return tail
+        if problem := self._problem(request, tail):
+            return ModelError(
+                f"{self.name}: {problem}; the tokenizer must be that of the engine's model, and the engine must give "
+                "log-probabilities of the distribution that it draws from"
+            )
+        listed = min(map(len, tail.rows))
+        if listed < self.top and not request.barred:
+            return UnavailableError(
+                f"{self.name}: the engine lists {listed} log-probabilities of a token, and top={self.top} were asked "
+                "for; let it list more, or give a smaller top="
+            )
+        self._tell_of_end(tail)
+        return tail
+
+    def _tell_of_end(self, tail: Tail) -> None:
+        """Once for each token at which the engine ends and searches go on."""
+        last = tail.tokens[-1]
+        if tail.ended and last not in self.eos_ids and last not in self._ends:
+            self._ends.add(last)
+            log.warning(
+                "%s: the engine ends at token %d (%r), and searches go on after it, because the tokenizer and its "
+                "generation_config.json do not name it as an end", self.name, last, self.decode([last]),
+            )  # fmt: skip
 
     def _problem(self, request: TailRequest, tail: Tail) -> str | None:
         """What shows that an answer cannot be right."""
         if not 1 <= len(tail.tokens) <= request.limit or len(tail.rows) != len(tail.tokens):
             return f"an answer has {len(tail.tokens)} tokens and {len(tail.rows)} rows, up to {request.limit} wanted"
-        if len(tail.tokens) < request.limit and tail.tokens[-1] not in self.eos_ids:
+        if len(tail.tokens) < request.limit and not (tail.ended or tail.tokens[-1] in self.eos_ids):
             return f"a tail ended after token {tail.tokens[-1]}, which is no EOS token of the tokenizer"
         if any(token in self.eos_ids for token in tail.tokens[:-1]):
             return f"a tail continues after an EOS token, one of {sorted(self.eos_ids)}"
