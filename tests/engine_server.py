@@ -178,7 +178,8 @@ def _llama_cpp(server: EngineServer, body: dict[str, Any]) -> dict[str, Any]:
     eos = tokens[-1] in server.ends or len(tail.tokens) < body["n_predict"]
     answer = {
         "tokens": tokens, "tokens_evaluated": len(body["prompt"]), "stop_type": "eos" if eos else "limit",
-        "truncated": left < len(tail.tokens), "timings": {"prompt_n": 1},  # and cache_n, since 2025
+        "truncated": left <= len(tokens), "tokens_cached": len(body["prompt"]) + len(tokens) - 1,
+        "timings": {"prompt_n": 1},  # and cache_n, since 2025
         "generation_settings": {"grammar": "", "stop": [], "speculative.types": "none", **server.settings},
     }  # fmt: skip
     return {**answer, "completion_probabilities": noted} if noted else answer

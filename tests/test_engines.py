@@ -204,6 +204,16 @@ def test_a_llama_cpp_server_that_draws_otherwise_or_has_no_room_says_which_optio
     assert "\n" not in str(caught.value)
 
 
+def test_a_tail_that_just_fits_into_the_context_of_llama_cpp_is_taken_and_one_after_a_shift_is_not(serve):
+    request = TailRequest((1, 2), (), 3, 7, 3)
+    (wanted,) = Stepwise(LM, max_new_tokens=8).complete([request])
+    (fits,) = patient(serve(LM, room=5), "llama.cpp")[0].complete([request])
+    assert fits.tokens == wanted.tokens and len(fits.tokens) == 3
+    shifted = {"tokens": [1, 2, 3], "tokens_evaluated": 2, "tokens_cached": 3, "truncated": True, "stop_type": "limit"}
+    with pytest.raises(dts.UnavailableError, match="--ctx-size"):
+        patient(serve(LM, lambda number, body: shifted), "llama.cpp")[0].complete([request])
+
+
 def test_a_row_that_lists_too_few_tokens_is_refused_wherever_it_stands():
     class Drafting(Stepwise):
         def complete(self, requests):
@@ -331,7 +341,8 @@ def test_a_request_that_a_server_which_answers_others_cannot_do_fails_alone(serv
 def test_a_server_that_answers_nobody_is_given_up_once_for_all_requests(serve, fault, said):
     """Hundreds of requests that wait for their turn do not try each for itself."""
     server = serve(LM, lambda number, body: fault)
-    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=4, timeout=0.1, wait=1e-6)
+    seconds = 0.1 if fault == "hang" else 60.0
+    engine = Server(server.url, DIALECTS["vllm"], "m", top=3, concurrency=4, timeout=seconds, wait=1e-6)
     with pytest.raises(EngineError, match=said):
         engine.complete(asked(300))
     assert len(server.requests) <= 4

@@ -141,7 +141,7 @@ class LlamaCpp:
         }  # fmt: skip
 
     def tail(self, answer: Any, request: TailRequest, again: Again) -> Tail:
-        _check_llama_cpp(answer)
+        _check_llama_cpp(answer, request.limit)
         tokens = [int(token) for token in answer["tokens"]]
         computed = int(answer["timings"]["prompt_n"]) + len(tokens) - 1
         entries = _entries(tokens, answer.get("completion_probabilities") or [])
@@ -156,7 +156,7 @@ class LlamaCpp:
         return Tail(tuple(tokens), tuple(rows), computed, answer.get("stop_type") == "eos")
 
 
-def _check_llama_cpp(answer: Any) -> None:
+def _check_llama_cpp(answer: Any, limit: int) -> None:
     """Raises `UnavailableError` for what the server was started with and no request can switch off."""
     settings = answer.get("generation_settings", {})
     for name, option in (("grammar", "--grammar and --json-schema"), ("stop", "--reverse-prompt")):
@@ -167,7 +167,10 @@ def _check_llama_cpp(answer: Any) -> None:
             "the llama.cpp server does not report probabilities of tokens that it drafts; start it without --spec-type "
             "and without a draft model"
         )
-    if answer.get("truncated"):
+    # Also where the last token just fits. Fewer tokens are kept where the context was shifted (--context-shift).
+    drawn = len(answer["tokens"])
+    kept = int(answer.get("tokens_cached", 0)) >= int(answer["tokens_evaluated"]) + drawn - 1
+    if answer.get("truncated") and not (kept and (drawn == limit or answer.get("stop_type") == "eos")):
         raise UnavailableError(
             f"the llama.cpp server has no room for all tokens after a prompt of {answer['tokens_evaluated']}; start it "
             "with a larger --ctx-size, of which each of its --parallel slots has an equal part"
