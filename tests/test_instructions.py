@@ -17,7 +17,8 @@ from dts.errors import UsageError
 from dts.evaluation.finetuned.replies import text_values
 from dts.evaluation.rewards.instructions import ANSWERS, INSTRUCTIONS, Instructions
 from dts.evaluation.tasks import load_task
-from dts.evaluation.tasks.instructions import Options, _made, asked_instructions, prompt_instructions
+from dts.evaluation.tasks.asked import asked_instructions, prompt_instructions
+from dts.evaluation.tasks.instructions import Options, made
 from dts.evaluation.tasks.registry import read_task_file
 from dts.rewards import CheckMonotone, Context, Finished
 from dts.training.data import Row
@@ -265,11 +266,11 @@ def test_prompts_to_train_on_are_the_templates_own_and_none_of_the_tasks():
     parts = {"train": range(200, 264), "validation": range(264, 276), "test": range(24)}
     for name, numbers in parts.items():
         rows = (DATA / f"instructions_{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        made = [_made(file, options, number) for number in numbers]
-        assert [json.loads(row)["prompt"] for row in rows] == [example.prompt for example in made]
-        assert [asked_instructions(example.prompt) for example in made] == [example.inputs for example in made]
+        examples = [made(file, options, number) for number in numbers]
+        assert [json.loads(row)["prompt"] for row in rows] == [example.prompt for example in examples]
+        assert [asked_instructions(example.prompt) for example in examples] == [example.inputs for example in examples]
     own = {example.prompt[-1]["content"] for example in load_task("instructions").examples}
-    assert not own & {_made(file, options, number).prompt[-1]["content"] for number in range(200, 276)}
+    assert not own & {made(file, options, number).prompt[-1]["content"] for number in range(200, 276)}
 
 
 def test_the_training_reward_is_the_tasks_own_of_the_same_prompt():

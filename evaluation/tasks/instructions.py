@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import numpy as np
 from dts.errors import UsageError
 from dts.evaluation.measures import metrics
 from dts.evaluation.rewards.instructions import Instructions
-from dts.evaluation.rewards.prompted import Prompted, last_message
 from dts.evaluation.tasks.base import Example, Row, Task
 from dts.evaluation.tasks.task_file import TaskFile, check_ids, choose
-from dts.rewards import Prompt
 
 Instruction = tuple[str, dict[str, Any]]  # the kind and its arguments
 Draw = Callable[[random.Random, "Options"], tuple[dict[str, Any], str]]  # arguments, and the words of the prompt
@@ -131,9 +128,9 @@ class InstructionTask(Task):
         self.metrics: Mapping[str, str] = dict(file.metrics)
         self.note = file.note
         options = Options(**file.options)
-        made = [_made(file, options, number) for number in range(options.prompts)]
-        chosen = choose([example.inputs[0][0] for example in made], num_samples, seed, file.name)
-        self.examples: Sequence[Example] = [made[number] for number in chosen]
+        examples = [made(file, options, number) for number in range(options.prompts)]
+        chosen = choose([example.inputs[0][0] for example in examples], num_samples, seed, file.name)
+        self.examples: Sequence[Example] = [examples[number] for number in chosen]
         self._rewards = {example.id: self.reward(example) for example in self.examples}
         self.clusters: Mapping[str, Hashable] = {example.id: example.id for example in self.examples}
 
@@ -168,37 +165,7 @@ class InstructionTask(Task):
         return {}
 
 
-# Prompts of these numbers are known to `prompt_instructions`: the task's own are the first 200, and configs/data has
-# others to train on.
-KNOWN = 300
-
-
-@cache
-def _known() -> dict[str, list[Instruction]]:
-    from dts.evaluation.tasks.registry import read_task_file  # which imports the tasks
-
-    file = read_task_file("instructions")
-    options = Options(**file.options)
-    made = [_made(file, options, number) for number in range(KNOWN)]
-    return {last_message(example.prompt): list(example.inputs) for example in made}
-
-
-def asked_instructions(prompt: Prompt) -> list[Instruction]:
-    """The instructions of a prompt that the task has made. Raises `UsageError` for another one."""
-    text = last_message(prompt)
-    if text not in _known():
-        raise UsageError(
-            f"prompt {text[:60]!r} is none of the task's; take those of configs/data/instructions_train.jsonl"
-        )
-    return _known()[text]
-
-
-# The share of the instructions in the prompt that the text follows, for training:
-# `grpo.reward: dts.evaluation.tasks.instructions:prompt_instructions`.
-prompt_instructions = Prompted("prompt_instructions", lambda prompt: Instructions(asked_instructions(prompt)))
-
-
-def _made(file: TaskFile, options: Options, number: int) -> Example:
+def made(file: TaskFile, options: Options, number: int) -> Example:
     """One prompt. Its random numbers are its own, so that more prompts do not change the first ones."""
     rng = random.Random(f"{file.name}-{options.seed}-{number}")
     instructions: list[Instruction] = []
