@@ -448,6 +448,8 @@ def test_a_screen_keeps_the_problems_that_a_model_solves_sometimes_by_samples_th
     assert drawn == [(["screen"], tmp_path / "screen", 8, names), (list(arms), tmp_path, 7, [names[1], names[3]])]
     assert summary["items"] == summary["clusters"] == 2 and summary["settings"]["screen"] == "base"
     assert summary["models"]["baseline"]["measures"]["pass@1"]["value"] == pytest.approx(0.15)
+    three = compare_three({"baseline": models[:1], "moderate": models[1:2]}, settings, tmp_path)
+    assert three["moderate"]["items"] == 2  # the same screen
     monkeypatch.setattr(compare, "SCREEN", (0.1, 0.4))
     with pytest.raises(UsageError, match="screen='base' keeps 0 of 5 prompts"):
         compare_models(arms, settings, tmp_path)

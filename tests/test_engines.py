@@ -183,7 +183,7 @@ def test_a_token_at_which_the_engine_ends_and_the_tokenizer_does_not_is_one_like
     word = TOKENIZER.decode([2])
     beyond = [sum(word in r.text and not r.text.endswith(word) for r in result.rollouts) for result in drawn]
     assert min(beyond) > 5 and abs(beyond[0] - beyond[1]) < 20
-    assert [record.args[1] for record in caplog.records if "searches go on after it" in record.message] == [2]
+    assert [record.args[1] for record in caplog.records if "searches continue after it" in record.message] == [2]
 
 
 def test_a_request_that_sglang_gave_up_says_why(serve):

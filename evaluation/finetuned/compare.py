@@ -98,10 +98,7 @@ def compare_models(
         *((name, "baseline") for name in models if (name, "baseline") not in asked and name != "baseline"),
     ]
     folder = Path(output)
-    items, yardstick, about = _prepare(models, settings)
-    if settings.screen is not None:
-        items = _screened(settings.screen, items, yardstick, settings, folder / "screen", resume)
-        about |= _size(items)
+    items, yardstick, about = _ready(models, settings, folder, resume)
     sampled = _sample(models, items, settings, folder, resume)
     known = _scored(models["baseline"][0], sampled, items, settings) if settings.dashboard else {}
     summary = _analyse(sampled, items, yardstick, contrasts, judge, settings, known)
@@ -144,7 +141,7 @@ def compare_three(
     models: Mapping[str, Sequence[Source]], settings: CompareSettings, output: str | Path, *, resume: bool = False
 ) -> dict[str, Any]:
     """Baseline against moderate and against aggressive, each in `baseline_vs_<name>/summary.json`; returns both."""
-    items, yardstick, about = _prepare(models, settings)
+    items, yardstick, about = _ready(models, settings, Path(output), resume)
     sampled = _sample(models, items, settings, Path(output), resume)
     found = {}
     for name in (name for name in models if name != "baseline"):
@@ -154,6 +151,17 @@ def compare_three(
         write_report(_plain(summary), Path(output) / f"baseline_vs_{name}")
         found[name] = summary
     return found
+
+
+def _ready(
+    models: Mapping[str, Sequence[Source]], settings: CompareSettings, folder: Path, resume: bool
+) -> tuple[list[Item], Yardstick, dict[str, Any]]:
+    """`_prepare`, with the items that a screen keeps."""
+    items, yardstick, about = _prepare(models, settings)
+    if settings.screen is not None:
+        items = _screened(settings.screen, items, yardstick, settings, folder / "screen", resume)
+        about |= _size(items)
+    return items, yardstick, about
 
 
 def _prepare(
@@ -167,7 +175,7 @@ def _prepare(
     from dts.models.loading import check_available
 
     named_models = [source for sources in models.values() for source in sources if isinstance(source, str)]
-    for source in (*named_models, *([settings.screen] if settings.screen else ())):
+    for source in (*named_models, *([] if settings.screen is None else [settings.screen])):
         check_available(source)
     checks = tuple(as_reward(named(name, {}, "--checks")) for name in settings.checks)
     need = ("prompt",) if checks else ("prompt", "response")

@@ -136,12 +136,12 @@ class EngineModel:
         return tail
 
     def _tell_of_end(self, tail: Tail) -> None:
-        """Once for each token at which the engine ends and searches go on."""
+        """Once for each token at which the engine ends and searches continue."""
         last = tail.tokens[-1]
         if tail.ended and last not in self.eos_ids and last not in self._ends:
             self._ends.add(last)
             log.warning(
-                "%s: the engine ends at token %d (%r), and searches go on after it, because the tokenizer and its "
+                "%s: the engine ends at token %d (%r), and searches continue after it, because the tokenizer and its "
                 "generation_config.json do not name it as an end", self.name, last, self.decode([last]),
             )  # fmt: skip
 
